@@ -1,0 +1,44 @@
+# Five verbs. Each makes what it needs; VENV= runs in the interpreter PYTHON as it is, without installing anything.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+ifeq ($(VENV),)
+PY := PYTHONPATH=.:$$PYTHONPATH $(PYTHON)
+else
+PY := $(VENV)/bin/python
+USER_READY := $(VENV)/.user-ready
+DEV_READY := $(VENV)/.dev-ready
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt
+endif
+
+.PHONY: demo test check gpu bench
+
+demo: $(USER_READY) ## DeepSeek-V3's linear layers on the best device there is
+	$(PY) -m deep_gemm demo $(ARGS)
+
+test: $(DEV_READY) ## all that needs no GPU
+	$(PY) -m pytest -n 2 --timeout 600 -m "not gpu" $(ARGS)
+
+check: $(DEV_READY) ## style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath "$$($(PY) -c 'import sys; print(sys.executable)')"
+
+gpu: $(DEV_READY) ## the tests that need a Hopper GPU
+	$(PY) -m pytest -m gpu $(ARGS)
+
+bench: $(USER_READY) ## measure on this GPU, beside cuBLASLt
+	$(PY) -m bench.run $(ARGS)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "deep_gemm needs Python 3.10 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "No venv module: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
+
+$(USER_READY): $(VENV)/bin/python pyproject.toml requirements-dev.txt
+	$(PIP_INSTALL) -e .
+	touch $@
+
+$(DEV_READY): $(USER_READY)
+	$(PIP_INSTALL) -e ".[dev]"
+	touch $@
