@@ -1,0 +1,31 @@
+"""Figures to print beside a result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import torch
+
+Tensors: TypeAlias = "torch.Tensor | Iterable[Tensors] | None"
+
+
+def calc_diff(x: torch.Tensor, y: torch.Tensor) -> float:
+    """1 - 2 * sum(x * y) / sum(x * x + y * y) in float64: 0 for equal tensors, NaN where either holds one.
+
+    A figure to print, never a check: it passes 1e-3 with a whole 128x128 tile of a 4096x2112 result gone.
+    """
+    x, y = x.double(), y.double()
+    squares = (x * x + y * y).sum().item()
+    return 1 - 2 * (x * y).sum().item() / squares if squares else 0.0
+
+
+def count_bytes(*tensors: Tensors) -> int:
+    """The bytes of all elements of tensors, None, and lists or tuples of them."""
+    total = 0
+    for x in tensors:
+        if isinstance(x, torch.Tensor):
+            total += x.numel() * x.element_size()
+        elif x is not None:
+            total += count_bytes(*x)
+    return total

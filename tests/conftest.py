@@ -1,0 +1,37 @@
+"""What all tests share: a cache of kernels of this run's own, and no GPU tests where there is no Hopper GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; tests start others, which inherit it
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+def _why_no_gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return f"needs a Hopper GPU: PyTorch {torch.__version__} sees no CUDA device"
+    if (capability := torch.cuda.get_device_capability()) != (9, 0):
+        return f"needs a Hopper GPU (9.0): {torch.cuda.get_device_name()} has compute capability {capability}"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if reason := _why_no_gpu():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that this run's kernels are cached in, one for all of its processes; nothing from earlier runs."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
+    os.environ["DG_JIT_CACHE_DIR"] = str(folder)
+    return folder
