@@ -1,0 +1,1 @@
+"""From a kernel's text to a running kernel: compile, cache, inspect, launch."""

@@ -1,0 +1,501 @@
+"""From a kernel's text to a cubin, without a GPU: compilers, options, errors, and the way through the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from probe import ALONE, LOCAL_MEMORY, PROBE, SERIALISED, SETMAXNREG_IGNORED, SLOW, WAIT_INJECTED, WRONG, numbered
+
+from deep_gemm.errors import CompileError, InvalidInputError, MissingDependencyError
+from deep_gemm.runtime import cache, compiler, sass, tools
+from deep_gemm.runtime.compiler import Cubin, Source, compile_many, cubin_for, obtain
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A process as it starts, with an empty cache; returns the cache's folder."""
+    for name in list(os.environ):
+        if name.startswith("DG_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "_said", set())
+    compiler._memory.clear()
+    return tmp_path / "cache"
+
+
+def entries_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# The compilers
+
+
+def test_a_cubin():
+    cubin = compiler.compile(PROBE)
+    assert cubin.image[:4] == b"\x7fELF"
+    assert ".target sm_90a" in cubin.ptx and "wgmma.mma_async" in cubin.ptx
+    assert "registers" in cubin.log
+    assert (cubin.local_bytes, cubin.warnings, cubin.performance_warnings) == (0, [], [])
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        (SERIALISED, ["Potential Performance Loss", "wgmma", "serialized"]),
+        (WAIT_INJECTED, ["(C751"]),
+        (SETMAXNREG_IGNORED, ["C7508", "setmaxnreg"]),
+    ],
+)
+def test_what_makes_it_slow_is_told(source: Source, words: list[str]):
+    cubin = compiler.compile(source)
+    assert cubin.performance_warnings == cubin.warnings
+    assert any(all(word in line for word in words) for line in cubin.performance_warnings)
+
+
+def test_a_warning_of_another_kind():
+    source = Source("warn.cu", 'extern "C" __global__ void warn() { int unused; }\n')
+    cubin = compiler.compile(source)
+    assert cubin.warnings and not cubin.performance_warnings
+
+
+def test_an_error(fresh: Path):
+    with pytest.raises(CompileError) as caught:
+        compiler.compile(WRONG)
+    error = caught.value
+    assert 'identifier "missing_name" is undefined' in error.log and "probe.cu(2)" in error.log
+    assert "-std=c++17" in error.options
+    assert error.source_path and error.source_path.is_relative_to(fresh / "failed")
+    assert error.source_path.read_text() == WRONG.text
+    assert (error.source_path.parent / "ptx" / "wgmma.cuh").read_text() == WRONG.headers[0][1]
+    assert error.source_path.with_suffix(".log").read_text() == error.log
+    message = str(error)
+    assert message.startswith("probe.cu does not compile.\nCompiler: NVRTC ")
+    assert f"\nOptions: {' '.join(error.options)}\nSource: {error.source_path}\n" in message
+    assert message.endswith(error.log)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.log, copy.source_path) == (message, error.log, error.source_path)
+
+
+def test_an_error_with_a_header_that_is_not_there():
+    with pytest.raises(CompileError, match=r'cannot open source file "ptx/wgmma.cuh"'):
+        compiler.compile(Source(PROBE.name, PROBE.text))
+
+
+def test_an_error_where_nothing_can_be_written(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fresh.write_text("in the way")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(CompileError) as caught:
+        compiler.compile(WRONG)
+    assert caught.value.source_path and caught.value.source_path.parent.parent == tmp_path
+    monkeypatch.setattr("tempfile.tempdir", str(fresh))
+    with pytest.raises(CompileError, match=r"\nSource: not kept, for nothing can be written\n") as caught:
+        compiler.compile(WRONG)
+    assert caught.value.source_path is None
+
+
+def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch):
+    compiler._load_nvrtc.cache_clear()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
+    with pytest.raises(MissingDependencyError, match=r"^NVRTC, .* pip install cuda-bindings nvidia-cuda-nvrtc; "):
+        obtain(PROBE)
+    monkeypatch.undo()
+    compiler._load_nvrtc.cache_clear()
+
+
+FAKE_NVCC = """#!/bin/sh
+if [ "$1" = --version ]; then echo "Cuda compilation tools, release 99.1, V99.1.42"; exit; fi
+[ -f ptx/wgmma.cuh ] || exit 1
+echo "$@" >> "$0.calls"
+grep -q missing_name probe.cu && { echo "probe.cu(2): error: missing_name"; exit 1; }
+printf image > kernel.cubin
+printf ptx > probe.ptx
+echo "0 bytes stack frame"
+"""
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path: Path) -> Path:
+    program = tmp_path / "bin" / "nvcc"
+    program.parent.mkdir()
+    program.write_text(FAKE_NVCC)
+    program.chmod(0o755)
+    return program
+
+
+@pytest.mark.parametrize("name", ["DG_JIT_NVCC_COMPILER", "DG_NVCC_COMPILER"])
+@pytest.mark.parametrize("use_nvrtc", [None, "0", "1"])
+def test_naming_nvcc_uses_it(
+    name: str, use_nvrtc: str | None, fake_nvcc: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(name, str(fake_nvcc))
+    if use_nvrtc:
+        monkeypatch.setenv("DG_JIT_USE_NVRTC", use_nvrtc)
+    assert compiler.compile(PROBE) == Cubin(b"image", "ptx", "0 bytes stack frame")
+    (call,) = Path(f"{fake_nvcc}.calls").read_text().splitlines()
+    target = "-gencode=arch=compute_90a,code=sm_90a -cubin --keep -I. -o kernel.cubin"
+    assert call == f"{target} -std=c++17 --ptxas-options=-v --ptxas-options=--warn-on-spills probe.cu"
+    assert cubin_for(PROBE) == b"image"
+    monkeypatch.delenv(name)
+    monkeypatch.delenv("DG_JIT_USE_NVRTC", raising=False)
+    assert cubin_for(PROBE)[:4] == b"\x7fELF"
+    assert len(entries_of(fresh)) == 2
+
+
+def test_nvcc_is_found(fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("DG_JIT_USE_NVRTC", "0")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(tools.shutil, "which", lambda program, path=None: path and f"{path}/{program}")
+    assert cubin_for(PROBE) == b"image"
+    monkeypatch.setattr(tools.shutil, "which", lambda program, path=None: None)
+    monkeypatch.setattr(tools.importlib.metadata, "files", lambda package: [])
+    with pytest.raises(MissingDependencyError) as caught:
+        cubin_for(PROBE)
+    assert str(caught.value) == (
+        f"nvcc is neither on PATH nor in CUDA_HOME ({tmp_path}): "
+        "set CUDA_HOME to a CUDA toolkit, or unset DG_JIT_USE_NVRTC to compile without one"
+    )
+
+
+def test_an_error_of_nvcc(fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DG_JIT_NVCC_COMPILER", str(fake_nvcc))
+    with pytest.raises(CompileError, match=r"^probe.cu does not compile.\nCompiler: nvcc V99.1.42\n") as caught:
+        obtain(WRONG)
+    assert caught.value.log == "probe.cu(2): error: missing_name"
+
+
+def test_a_program_that_is_no_nvcc(fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch):
+    fake_nvcc.write_text("#!/bin/sh\necho a toaster\n")
+    monkeypatch.setenv("DG_JIT_NVCC_COMPILER", str(fake_nvcc))
+    with pytest.raises(
+        InvalidInputError, match=r"nvcc --version says 'a toaster\\n', expected an nvcc: set DG_JIT_NVCC"
+    ):
+        obtain(PROBE)
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on PATH")
+def test_a_real_nvcc(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DG_JIT_USE_NVRTC", "0")
+    cubin = obtain(PROBE)
+    assert sass.read(cubin.image, "probe").qgmma == 2
+    assert "registers" in cubin.log and not cubin.warnings
+    assert "wgmma.mma_async" in compiler.compile(PROBE).ptx
+    assert compiler.compile(SERIALISED).performance_warnings
+    with pytest.raises(CompileError) as caught:
+        obtain(WRONG)
+    assert 'identifier "missing_name" is undefined' in caught.value.log
+
+
+# The settings
+
+
+def test_debug(fresh: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    for value in "01":
+        monkeypatch.setenv("DG_JIT_DEBUG", value)
+        source = numbered(int(value))
+        cubin_for(source)
+        cubin_for(source)
+        compiler._memory.clear()
+        cubin_for(source)
+        said = capfd.readouterr().err.splitlines()
+        if value == "0":
+            assert said == []
+    (entry,) = [path for path in entries_of(fresh) if path.name in said[0]]
+    assert said[0] == f"deep_gemm: miss: {entry}"
+    assert said[1].startswith("deep_gemm: probe.cu: NVRTC ") and said[1].endswith(" s")
+    assert said[2:] == [f"deep_gemm: in memory: {entry.name}", f"deep_gemm: hit: {entry}"]
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("DG_JIT_PRINT_COMPILER_COMMAND", "--gpu-architecture=sm_90a -std=c++17 "),
+        ("DG_JIT_PRINT_NVCC_COMMAND", "--gpu-architecture=sm_90a -std=c++17 "),
+        ("DG_JIT_PTXAS_VERBOSE", "registers"),
+        ("DG_PTXAS_VERBOSE", "registers"),
+    ],
+)
+def test_what_is_printed(name: str, words: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    for value in "01":
+        monkeypatch.setenv(name, value)
+        compiler.compile(PROBE)
+        assert (words in capfd.readouterr().err) is (value == "1")
+
+
+def test_the_command_of_nvcc_is_printed(
+    fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("DG_JIT_NVCC_COMPILER", str(fake_nvcc))
+    monkeypatch.setenv("DG_JIT_PRINT_COMPILER_COMMAND", "1")
+    compiler.compile(PROBE)
+    assert capfd.readouterr().err.startswith(
+        f"deep_gemm: env TMPDIR=. {fake_nvcc} -gencode=arch=compute_90a,code=sm_90a -cubin "
+    )
+
+
+def test_local_memory_is_ruled_out_when_asked(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DG_JIT_PTXAS_CHECK", "0")
+    image = cubin_for(LOCAL_MEMORY)
+    monkeypatch.setenv("DG_JIT_PTXAS_CHECK", "1")
+    fault = "^probe.cu uses 256 bytes of local memory a thread, which DG_JIT_PTXAS_CHECK=1 rules out.\n"
+    for forget in (dict, compiler._memory.clear):  # from memory; from disk
+        forget()
+        with pytest.raises(CompileError, match=fault) as caught:
+            cubin_for(LOCAL_MEMORY)
+        assert "256 bytes stack frame" in caught.value.log and caught.value.source_path
+    with pytest.raises(CompileError, match=fault):
+        compiler.compile(LOCAL_MEMORY)
+    assert cubin_for(PROBE)
+    monkeypatch.setenv("DG_JIT_PTXAS_CHECK", "0")
+    assert cubin_for(LOCAL_MEMORY) == image
+
+
+def test_line_information(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    assert b".debug_line" not in cubin_for(PROBE)
+    monkeypatch.setenv("DG_JIT_WITH_LINEINFO", "0")
+    assert b".debug_line" not in cubin_for(PROBE)
+    monkeypatch.setenv("DG_JIT_WITH_LINEINFO", "1")
+    assert b".debug_line" in cubin_for(PROBE)
+    assert len(entries_of(fresh)) == 2
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+@pytest.mark.parametrize(
+    "name, files",
+    [
+        ("DG_JIT_DUMP_PTX", {"kernel.ptx"}),
+        ("DG_JIT_DUMP_SASS", {"kernel.sass"}),
+        ("DG_JIT_DUMP_ASM", {"kernel.ptx", "kernel.sass"}),
+    ],
+)
+def test_dumps(name: str, value: str, files: set[str], fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sass, "disassemble", lambda image: f"QGMMA in {len(image)} bytes")
+    image = cubin_for(PROBE)
+    monkeypatch.setenv(name, value)
+    assert cubin_for(PROBE) == image
+    (entry,) = entries_of(fresh)
+    found = {path.name: path.read_text() for path in entry.iterdir() if path.suffix in (".ptx", ".sass")}
+    assert found.keys() == (files if value == "1" else set())
+    assert "wgmma.mma_async" in found.get("kernel.ptx", "wgmma.mma_async")
+    assert found.get("kernel.sass", "QGMMA").startswith("QGMMA")
+
+
+def test_a_dump_without_a_disassembler(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DG_JIT_DUMP_SASS", "1")
+    monkeypatch.setattr(tools.shutil, "which", lambda program, path=None: None)
+    monkeypatch.setattr(tools.importlib.metadata, "files", lambda package: [])
+    with pytest.raises(MissingDependencyError, match=r"^nvdisasm is neither .*: pip install nvidia-cuda-nvdisasm$"):
+        cubin_for(PROBE)
+
+
+# The way through the cache
+
+
+def test_an_entry_says_what_it_is(fresh: Path):
+    image = cubin_for(PROBE)
+    (entry,) = entries_of(fresh)
+    assert entry.name.startswith("probe.") and len(entry.name) == len("probe.") + 32
+    assert (entry / "kernel.cubin").read_bytes() == image
+    text = (entry / "kernel.cu").read_text()
+    assert text.index(PROBE.headers[0][1]) < text.index(PROBE.text)
+    manifest = json.loads((entry / "manifest.json").read_text())
+    assert manifest["sha256"]["kernel.cubin"] == hashlib.sha256(image).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Source("other.cu", PROBE.text, PROBE.headers),
+        Source("probe.cu", PROBE.text + "\n", PROBE.headers),
+        Source("probe.cu", PROBE.text, (("ptx/wgmma.cuh", PROBE.headers[0][1] + "\n"),)),
+        Source("probe.cu", PROBE.text, (*PROBE.headers, ("b", ""))),
+    ],
+)
+def test_the_key_covers_the_source(other: Source):
+    assert compiler._Job(PROBE).key != compiler._Job(other).key
+
+
+def test_the_key_covers_options_and_compiler_and_nothing_else(
+    fresh: Path, tmp_path: Path, fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch
+):
+    key = compiler._Job(PROBE).key
+    monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("DG_JIT_DEBUG", "1")
+    assert compiler._Job(PROBE).key == key
+    monkeypatch.setenv("DG_JIT_WITH_LINEINFO", "1")
+    assert compiler._Job(PROBE).key != key
+    monkeypatch.delenv("DG_JIT_WITH_LINEINFO")
+    monkeypatch.setattr(compiler, "_load_nvrtc", lambda: (None, "NVRTC 99.1"))
+    assert compiler._Job(PROBE).key != key
+    monkeypatch.setenv("DG_JIT_NVCC_COMPILER", str(fake_nvcc))
+    key_of_nvcc = compiler._Job(PROBE).key
+    assert key_of_nvcc != key
+    moved = Path(shutil.copy(fake_nvcc, tmp_path / "nvcc"))
+    monkeypatch.setenv("DG_JIT_NVCC_COMPILER", str(moved))
+    assert compiler._Job(PROBE).key == key_of_nvcc
+    moved = Path(shutil.copy(fake_nvcc, tmp_path / "nvcc-newer"))
+    moved.write_text(FAKE_NVCC.replace("V99.1.42", "V99.1.43"))
+    monkeypatch.setenv("DG_JIT_NVCC_COMPILER", str(moved))
+    assert compiler._Job(PROBE).key != key_of_nvcc
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that are compiled from now on."""
+    texts: list[str] = []
+    build = compiler._nvrtc
+
+    def count(source: Source, options: tuple[str, ...]) -> tuple[bytes, str, str]:
+        texts.append(source.text)
+        return build(source, options)
+
+    monkeypatch.setattr(compiler, "_nvrtc", count)
+    return texts
+
+
+def test_memory_then_disk_then_compiler(monkeypatch: pytest.MonkeyPatch):
+    compiled = counted(monkeypatch)
+    first = obtain(PROBE)
+    assert obtain(PROBE) == first
+    compiler._memory.clear()
+    assert obtain(PROBE) == first
+    assert len(compiled) == 1
+
+
+def test_a_flipped_byte_is_never_loaded(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    compiled = counted(monkeypatch)
+    image = cubin_for(PROBE)
+    (entry,) = entries_of(fresh)
+    content = bytearray(image)
+    content[len(content) // 2] ^= 1
+    (entry / "kernel.cubin").write_bytes(content)
+    compiler._memory.clear()
+    assert cubin_for(PROBE) == image
+    compiler._memory.clear()
+    assert cubin_for(PROBE) == image
+    assert len(compiled) == 2 and len(warnings_of(caplog)) == 1
+
+
+def test_a_moved_cache_still_hits(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compiled = counted(monkeypatch)
+    image = cubin_for(PROBE)
+    shutil.move(fresh, tmp_path / "moved")
+    monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path / "moved"))
+    compiler._memory.clear()
+    assert cubin_for(PROBE) == image
+    assert len(compiled) == 1
+
+
+def test_where_nothing_can_be_written_memory_serves(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    compiled = counted(monkeypatch)
+    fresh.write_text("in the way")
+    for _ in range(2):
+        assert cubin_for(PROBE)[:4] == b"\x7fELF"
+        assert cubin_for(numbered(1))[:4] == b"\x7fELF"
+    assert len(compiled) == 2
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith(f"deep_gemm: the kernel cache {fresh} cannot be written (")
+
+
+def test_compile_many(monkeypatch: pytest.MonkeyPatch):
+    compiled = counted(monkeypatch)
+    sources = [numbered(number % 3) for number in range(9)]  # each three times: one compilation per key
+    done: list[tuple[Source, Cubin]] = []
+    cubins = compile_many(sources, jobs=9, on_done=lambda source, cubin: done.append((source, cubin)))
+    assert len(compiled) == 3
+    assert cubins == [obtain(source) for source in sources]
+    assert sorted(source.text for source, _ in done) == sorted(source.text for source in sources)
+    assert all(cubin == obtain(source) for source, cubin in done)
+    assert compile_many([]) == []
+    assert compile_many(sources, jobs=None) == cubins
+    with pytest.raises(CompileError):
+        compile_many([PROBE, WRONG, numbered(4)])
+
+
+def test_a_fork_in_mid_compile():
+    """A child is born while a thread that it does not have holds the lock of the very kernel that it needs."""
+    key = compiler._Job(PROBE).key
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with compiler._locks.setdefault(key, threading.Lock()):
+            held.set()
+            over.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(cubin_for(PROBE)[:4] != b"\x7fELF")
+    assert os.waitpid(child, 0)[1] == 0
+    over.set()
+    thread.join()
+
+
+# Many processes
+
+WORKER = """
+import hashlib, sys
+import probe
+from deep_gemm.runtime.compiler import cubin_for
+for number in map(int, sys.argv[1:]):
+    print(hashlib.sha256(cubin_for(probe.numbered(number))).hexdigest())
+"""
+
+SLOW_WORKER = """
+import probe
+from deep_gemm.runtime.compiler import cubin_for
+cubin_for(probe.SLOW)
+"""
+
+
+def start(script: str, tmp_path: Path, *args: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"DG_JIT_DEBUG": "1", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", ALONE + script, *args]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_eight_cold_processes_compile_each_kernel_once(fresh: Path, tmp_path: Path):
+    numbers = ["1", "2", "3"]
+    workers = [start(WORKER, tmp_path, *(numbers[i % 3 :] + numbers[: i % 3])) for i in range(8)]
+    results = [worker.communicate(timeout=60) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * 8
+    digests = {tuple(sorted(out.split())) for out, _ in results}
+    assert len(digests) == 1 and len(entries_of(fresh)) == 3
+    assert sum(line.startswith("deep_gemm: probe.cu: ") for _, err in results for line in err.splitlines()) == 3
+    assert not any("damaged" in err or "written" in err for _, err in results)
+
+
+def test_a_kill_in_mid_compile_breaks_nothing(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with start(SLOW_WORKER, tmp_path) as worker:
+        while not list(fresh.glob(".*.lock")):
+            assert worker.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.2)
+        assert worker.poll() is None
+        worker.kill()
+    assert entries_of(fresh) == []
+    compiled = counted(monkeypatch)
+    monkeypatch.setattr(compiler, "_nvrtc", lambda source, options: compiled.append("") or (b"image", "", "log"))
+    begun = time.monotonic()
+    assert cubin_for(SLOW) == b"image"
+    assert len(compiled) == 1 and time.monotonic() - begun < 5
+    assert len(entries_of(fresh)) == 1
