@@ -1,0 +1,49 @@
+// mbarrier and cluster barriers, one instruction a wrapper. Barriers are named by their 32-bit shared address.
+#pragma once
+#include "base.cuh"
+
+// mbarrier.init
+DEVICE void barrier_init(uint32_t barrier, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// fence.mbarrier_init: makes the initialisation visible to the cluster and to the copy engine
+DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// mbarrier.try_wait.parity: may suspend for a while; true when the phase of that parity is over
+DEVICE bool barrier_try_wait(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return done;
+}
+
+// mbarrier.arrive, on a barrier of this CTA
+DEVICE void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// mbarrier.arrive.shared::cluster, on a barrier of any CTA of the cluster. The form without `.release.cluster`: that one
+// puts a MEMBAR in front of every release of a stage, and only finished reads have to be ordered (docs/facts.md).
+DEVICE void barrier_arrive_cluster(uint32_t cluster_address) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address) : "memory");
+}
+
+// mbarrier.arrive.expect_tx: arrives, and announces bytes that copies will deliver
+DEVICE void barrier_expect_bytes(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// mapa: the address of the same shared variable in another CTA of the cluster
+DEVICE uint32_t cluster_address(uint32_t address, uint32_t rank) {
+    uint32_t mapped;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+    return mapped;
+}
+
+// barrier.cluster.arrive + wait: every thread of every CTA of the cluster
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}

@@ -1,0 +1,48 @@
+// Integer names and addresses. No header of the toolkit is included anywhere: a source without includes compiles several
+// times faster, and NVRTC ships no headers (docs/facts.md).
+#pragma once
+
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using int64_t = long;
+using uint64_t = unsigned long;
+
+#define DEVICE __device__ __forceinline__
+
+// A CUtensorMap, as the driver encoded it. Opaque here.
+struct alignas(64) TensorMap {
+    uint8_t opaque[128];
+};
+
+__device__ constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
+
+DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+
+// shfl.sync: the warp's number, which ptxas then knows to be the same in all of its threads
+DEVICE uint32_t warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+
+// mov.u32 %cluster_ctarank
+DEVICE uint32_t cluster_rank() {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// elect.sync: true in one thread of a converged warp. ptxas knows that it is one, and issues copies without a loop over lanes.
+DEVICE bool elect_one() {
+    uint32_t elected;
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(elected));
+    return elected;
+}
+
+// mov.u64 %globaltimer: nanoseconds, coarse
+DEVICE uint64_t global_timer() {
+    uint64_t time;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+    return time;
+}
+
+// setmaxnreg.inc / .dec: moves registers between warpgroups
+template <int COUNT> DEVICE void registers_increase() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT> DEVICE void registers_decrease() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }

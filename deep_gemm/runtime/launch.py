@@ -1,0 +1,218 @@
+"""From a plan to a running kernel: loads the cubin, describes the operands to the copy engine, launches."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+import time
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from .. import settings
+from ..errors import LaunchError, MissingDependencyError
+from ..layout import align, ceil_div, get_mn_major_tma_aligned_tensor
+from ..plan import BLOCK_K, ENTRY, Plan, Tile
+from ..problem import Operands, Problem
+from .compiler import cubin_for
+
+DEBUG_WAIT_SECONDS = 2
+
+
+class _ProblemArgs(ctypes.Structure):
+    """`struct Problem` of kernels/scheduler.cuh."""
+
+    _fields_ = [
+        ("m", ctypes.c_uint32),
+        ("n", ctypes.c_uint32),
+        ("k_blocks", ctypes.c_uint32),
+        ("band", ctypes.c_uint32),
+        ("stage_bytes", ctypes.c_uint32),
+        ("b_scales", ctypes.c_uint64),
+        ("b_scale_stride_n", ctypes.c_int64),
+        ("b_scale_stride_k", ctypes.c_int64),
+    ]
+
+
+class _Args(ctypes.Structure):
+    """`struct Args` of kernels/fp8_gemm.cu. The driver copies it to where the tensor maps are aligned."""
+
+    _fields_ = [
+        ("a", ctypes.c_byte * 128),
+        ("b", ctypes.c_byte * 128),
+        ("a_scales", ctypes.c_byte * 128),
+        ("d", ctypes.c_byte * 128),
+        ("problem", _ProblemArgs),
+        ("padding", ctypes.c_byte * 16),  # alignas(64)
+    ]
+
+
+def launch(plan: Plan, problem: Problem, operands: Operands) -> None:
+    """Queues the kernel on the current stream of the operands' device.
+
+    Raises: CompileError, LaunchError.
+    """
+    index = operands.d.device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return launch(plan, problem, operands)
+    cuda = driver()
+    _bind_context(cuda, index)
+    tile = plan.tile
+    kernel = kernel_for(tile, index)
+    args = _args(cuda, plan, problem, operands)
+    parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+
+    config = cuda.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = plan.ctas, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = tile.threads, 1, 1
+    config.sharedMemBytes = tile.smem_bytes
+    config.hStream = cuda.CUstream(torch.cuda.current_stream(index).cuda_stream)
+    if tile.cluster > 1:
+        cluster = cuda.CUlaunchAttribute()
+        cluster.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        value = cuda.CUlaunchAttributeValue()
+        value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = tile.cluster, 1, 1
+        cluster.value = value
+        config.attrs, config.numAttrs = [cluster], 1
+    check(cuda.cuLaunchKernelEx(config, kernel, ctypes.addressof(parameters), 0), f"launching {plan}")
+
+
+def driver() -> Any:
+    """`cuda.bindings.driver`.
+
+    Raises: MissingDependencyError with the command that brings it.
+    """
+    try:
+        return import_module("cuda.bindings.driver")
+    except ImportError as error:
+        raise MissingDependencyError("cuda-bindings is not installed: pip install cuda-bindings") from error
+
+
+def check(result: tuple[Any, ...], doing: str) -> Any:
+    """The value of a driver call. Raises: LaunchError, by the error's name."""
+    code, *values = result
+    if int(code):
+        _, name = driver().cuGetErrorName(code)
+        _, text = driver().cuGetErrorString(code)
+        raise LaunchError(f"{doing}: {name.decode()}: {text.decode()}", code=int(code), name=name.decode())
+    return values[0] if values else None
+
+
+_lock = threading.Lock()
+_kernels: dict[tuple[Tile, int, bool], Any] = {}
+_thread = threading.local()
+
+
+def kernel_for(tile: Tile, device_index: int) -> Any:
+    """The kernel of that tile, compiled and loaded at its first use, ready for that device."""
+    debug = settings.get("DG_JIT_DEBUG")
+    key = (tile, device_index, debug)
+    if key not in _kernels:
+        with _lock:
+            if key not in _kernels:
+                image = cubin_for(tile.source(DEBUG_WAIT_SECONDS if debug else 0))
+                _kernels[key] = _load(image, tile, device_index)
+    return _kernels[key]
+
+
+def _load(image: bytes, tile: Tile, device_index: int) -> Any:
+    cuda, start = driver(), time.perf_counter()
+    library = check(cuda.cuLibraryLoadData(image, [], [], 0, [], [], 0), f"loading the kernel of {tile.name}")
+    kernel = check(cuda.cuLibraryGetKernel(library, ENTRY.encode()), f"looking up {ENTRY}")
+    device = check(cuda.cuDeviceGet(device_index), f"looking up device {device_index}")
+    attribute = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    check(
+        cuda.cuKernelSetAttribute(attribute, tile.smem_bytes, kernel, device),
+        f"asking for {tile.smem_bytes} bytes of shared memory",
+    )
+    if settings.get("DG_JIT_PRINT_LOAD_TIME"):
+        print(f"deep_gemm: loaded {tile.name} in {(time.perf_counter() - start) * 1e3:.2f} ms", file=sys.stderr)
+    return cuda.CUfunction(int(kernel))
+
+
+def _bind_context(cuda: Any, device_index: int) -> None:
+    """Makes the device's primary context current in a thread that has none yet."""
+    if not getattr(_thread, "bound", False):
+        if not int(check(cuda.cuCtxGetCurrent(), "reading the current context")):
+            context = check(
+                cuda.cuDevicePrimaryCtxRetain(check(cuda.cuDeviceGet(device_index), "looking up the device")),
+                "taking the context",
+            )
+            check(cuda.cuCtxSetCurrent(context), "setting the context")
+        _thread.bound = True
+
+
+def _args(cuda: Any, plan: Plan, problem: Problem, o: Operands) -> _Args:
+    tile, m, n, k = plan.tile, problem.m, problem.n, problem.k
+    a_scales = mn_major(o.a_scales)
+    swizzles = cuda.CUtensorMapSwizzle
+    swizzle_128 = swizzles.CU_TENSOR_MAP_SWIZZLE_128B
+    swizzle_64, swizzle_32 = swizzles.CU_TENSOR_MAP_SWIZZLE_64B, swizzles.CU_TENSOR_MAP_SWIZZLE_32B
+    unswizzled = swizzles.CU_TENSOR_MAP_SWIZZLE_NONE
+    types = cuda.CUtensorMapDataType
+    byte, float32 = types.CU_TENSOR_MAP_DATA_TYPE_UINT8, types.CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+    bf16 = types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+    args = _Args()
+    # The CTAs of a cluster load their shared operand in halves. Rows past a small M would take time to be filled with
+    # zeros: none are asked for.
+    a_rows, scale_rows = min(tile.block_m // tile.cluster_n, align(m, 8)), min(tile.block_m, align(m, 4))
+    stage_bytes = (a_rows * tile.cluster_n + tile.block_n) * BLOCK_K + scale_rows * 4
+    _tensor_map(cuda, args.a, o.a, byte, (k, m), _pitch(o.a), (BLOCK_K, a_rows), swizzle_128)
+    _tensor_map(cuda, args.b, o.b, byte, (k, n), _pitch(o.b), (BLOCK_K, tile.block_n // tile.cluster_m), swizzle_128)
+    a_scale_pitch = max(a_scales.stride(1) * 4, 16) if problem.k_blocks > 1 else ceil_div(m, 4) * 16
+    scales_shape = (m, problem.k_blocks)
+    _tensor_map(cuda, args.a_scales, a_scales, float32, scales_shape, a_scale_pitch, (scale_rows, 1), unswizzled)
+    swizzle_d = {16: swizzle_32, 32: swizzle_64, 64: swizzle_128}[tile.store_n]
+    _tensor_map(cuda, args.d, o.d, bf16, (n, m), _pitch(o.d), (tile.store_n, tile.block_m), swizzle_d)
+    stride_n, stride_k = o.b_scales.stride()
+    args.problem = _ProblemArgs(
+        m, n, problem.k_blocks, plan.band, stage_bytes, o.b_scales.data_ptr(), stride_n, stride_k
+    )
+    return args
+
+
+def mn_major(scales: torch.Tensor) -> torch.Tensor:
+    """The scales of a as the copy engine reads them: M-major, rows on 16 bytes. What is so already is used in place."""
+    m, blocks = scales.shape
+    rows_fit = scales.stride(0) == 1 or m == 1
+    pitch_fits = blocks == 1 or (scales.stride(1) % 4 == 0 and scales.stride(1) >= m)
+    if rows_fit and pitch_fits and scales.data_ptr() % 16 == 0:
+        return scales
+    return get_mn_major_tma_aligned_tensor(scales)
+
+
+def _pitch(x: torch.Tensor) -> int:
+    """Bytes from row to row; of a single row, where the stride means nothing, its length on 16 bytes."""
+    return (x.stride(0) if x.shape[0] > 1 else ceil_div(x.shape[1], 16) * 16) * x.element_size()
+
+
+def _tensor_map(
+    cuda: Any,
+    to: Any,
+    x: torch.Tensor,
+    dtype: Any,
+    shape: tuple[int, int],
+    pitch: int,
+    box: tuple[int, int],
+    swizzle: Any,
+) -> None:
+    encoded = check(
+        cuda.cuTensorMapEncodeTiled(
+            dtype,
+            2,
+            x.data_ptr(),
+            [cuda.cuuint64_t(size) for size in shape],
+            [cuda.cuuint64_t(pitch)],
+            [cuda.cuuint32_t(size) for size in box],
+            [cuda.cuuint32_t(1), cuda.cuuint32_t(1)],
+            cuda.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzle,
+            cuda.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            cuda.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ),
+        f"describing a tensor of shape {tuple(x.shape)}, strides {tuple(x.stride())} to the copy engine",
+    )
+    ctypes.memmove(to, encoded.getPtr(), 128)

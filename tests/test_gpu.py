@@ -1,0 +1,330 @@
+"""The kernel on a Hopper GPU: equal bits with the exact reference, on every tile, in every corner."""
+
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import deep_gemm
+from deep_gemm import heuristics, reference
+from deep_gemm.problem import dense
+from deep_gemm.runtime import device
+from deep_gemm.runtime.compiler import cubin_for
+from deep_gemm.runtime.launch import launch
+
+pytestmark = pytest.mark.gpu
+GUARD = 12345.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """All kernels, compiled on all cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda tile: cubin_for(tile.source()), heuristics.tiles()))
+
+
+@pytest.fixture(autouse=True)
+def everything_restored():
+    yield
+    deep_gemm.set_num_sms(None)
+
+
+def operands(m, n, k, seed=0, kind="normal"):
+    """Random operands on the GPU. `bits`: every E4M3 pattern but NaN; scales of many sizes, some negative or zero."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    blocks = deep_gemm.ceil_div(k, 128)
+
+    def values(rows):
+        if kind == "normal":
+            x = torch.randn(rows, k, generator=generator, device="cuda") * 100
+            return x.clamp_(-448, 448).to(torch.float8_e4m3fn)
+        x = torch.randint(0, 254, (rows, k), generator=generator, device="cuda", dtype=torch.int16)
+        return (x + (x >= 127)).to(torch.uint8).view(torch.float8_e4m3fn)  # skips 127 and, at the end, 255
+
+    def scales(rows):
+        x = torch.rand(rows, blocks, generator=generator, device="cuda") * 0.01 + 0.005
+        if kind == "normal":
+            return x
+        exponent = torch.randint(-40, 40, (rows, blocks), generator=generator, device="cuda")
+        sign = torch.randint(-1, 8, (rows, blocks), generator=generator, device="cuda").clamp_(-1, 1)
+        return torch.ldexp(x, exponent) * sign
+
+    return (values(m), scales(m)), (values(n), scales(deep_gemm.ceil_div(n, 128)))
+
+
+def guarded(m, n):
+    """A NaN-filled d inside of a guarded allocation, and the check that nothing around it was written."""
+    memory = torch.full((m + 4, n + 32), GUARD, dtype=torch.bfloat16, device="cuda")
+    d = memory[2 : m + 2, 16 : n + 16]
+
+    def untouched():
+        inside = d.clone()
+        d.fill_(GUARD)
+        clean = bool((memory == GUARD).all())
+        d.copy_(inside)
+        return clean
+
+    d.fill_(float("nan"))
+    return d, untouched
+
+
+def exact(a, b):
+    d = torch.empty(a[0].shape[0], b[0].shape[0], dtype=torch.bfloat16, device="cuda")
+    reference.run(*a, *b, d, exact=True)
+    return d
+
+
+def differing(d, want):
+    return int((d.contiguous().view(torch.int16) != want.view(torch.int16)).sum())
+
+
+def on_tile(tile, a, b, d, num_sms=132):
+    """Runs the multiplication on a given tile; False where it is not legal."""
+    problem, checked = dense(a, b, d)
+    hopper = device.current(0)
+    if not heuristics.is_legal(tile, problem, hopper, num_sms):
+        return False
+    launch(heuristics.plan_for(tile, problem, hopper, num_sms), problem, checked)
+    return True
+
+
+@pytest.mark.parametrize("kind", ["normal", "bits"])
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 16), (64, 128, 128), (129, 264, 400), (513, 808, 1168), (300, 2112, 640)], ids=str
+)
+def test_every_tile_gives_the_exact_bits(shape, kind):
+    a, b = operands(*shape, kind=kind)
+    want, ran = exact(a, b), 0
+    for tile in heuristics.tiles():
+        for num_sms in (132, 5):
+            d, untouched = guarded(*shape[:2])
+            if on_tile(tile, a, b, d, num_sms):
+                ran += 1
+                assert differing(d, want) == 0, (tile, num_sms)
+                assert untouched(), (tile, num_sms)
+    assert ran >= 50
+
+
+def grid():
+    ms = (1, 7, 16, 32, 63, 64, 65, 100, 128, 129, 192, 255, 256)
+    nks = (
+        (8, 16),
+        (16, 7168),
+        (64, 128),
+        (576, 256),
+        (2112, 384),
+        (24640, 128),
+        (7168, 1152),
+        (192, 192),
+        (448, 576),
+        (832, 7296),
+    )
+    return [(m, n, k) for m in ms for n, k in nks]
+
+
+def check(m, n, k, seed, kind="normal"):
+    """The public call against the exact reference; of large problems, sampled rows and columns."""
+    a, b = operands(m, n, k, seed, kind)
+    d, untouched = guarded(m, n)
+    deep_gemm.fp8_gemm_nt(a, b, d)
+    rng = random.Random(seed)
+    rows = (
+        torch.tensor(sorted({0, m - 1, *rng.choices(range(m), k=62)}), device="cuda")
+        if m > 256
+        else torch.arange(m, device="cuda")
+    )
+    columns = (
+        torch.tensor(sorted({0, n - 1, *rng.choices(range(n), k=510)}), device="cuda")
+        if n > 1024
+        else torch.arange(n, device="cuda")
+    )
+    picked_a = a[0].view(torch.uint8)[rows].view(torch.float8_e4m3fn), a[1][rows]
+    picked_b = b[0].view(torch.uint8)[columns].view(torch.float8_e4m3fn), b[1][columns // 128]
+    want = reference.to_bf16(reference.fp8_gemm_nt_per_column_scales(*picked_a, *picked_b, exact=True))
+    assert differing(d[rows][:, columns], want) == 0, (m, n, k, seed, kind)
+    assert untouched(), (m, n, k, seed, kind)
+    if kind == "normal":
+        assert not d.isnan().any(), (m, n, k, seed)
+
+
+@pytest.mark.parametrize("shape", grid(), ids=str)
+def test_grid(shape):
+    check(*shape, seed=1)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_random(seed):
+    rng = random.Random(seed)
+    m, n, k = int(2 ** rng.uniform(0, 12.5)), 8 * int(2 ** rng.uniform(0, 10)), 16 * int(2 ** rng.uniform(0, 9))
+    deep_gemm.set_num_sms(rng.choice([None, None, 1, 2, 3, 78, 114, 130, 131]))
+    check(m, n, k, seed, rng.choice(["normal", "bits"]))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (4096, 2112, 7168),
+        (4096, 7168, 2048),
+        (128, 7168, 16384),
+        (576, 16, 7168),
+        (32, 8192, 8192),
+        (73728, 128, 36864),
+    ],
+    ids=str,
+)
+def test_large(shape):
+    check(*shape, seed=3)
+
+
+@pytest.mark.parametrize("shape", [(70_000, 32_768, 128), (16, 140_000, 16_384)], ids=str)
+def test_offsets_past_2_to_the_31(shape):
+    m, n, k = shape
+    assert max(m * n, n * k) > 2**31
+    check(*shape, seed=4)
+
+
+def test_nan_and_infinity():
+    a, b = operands(70, 136, 272)
+    a[0].view(torch.uint8)[3, 5] = 0x7F
+    a[1][9, 1] = float("inf")
+    b[1][1, 2] = float("nan")
+    d, untouched = guarded(70, 136)
+    deep_gemm.fp8_gemm_nt(a, b, d)
+    assert differing(d, exact(a, b)) == 0
+    assert d[3].isnan().all() and d[:, 128:].isnan().all() and not d[10, :128].isnan().any()
+    assert untouched()
+
+
+@pytest.mark.parametrize("shape", [(4096, 2112, 7168), (300, 24576, 384), (64, 2112, 7168), (130, 576, 16384)], ids=str)
+def test_thousand_repeats_give_equal_bits(shape):
+    a, b = operands(*shape)
+    first = torch.empty(shape[0], shape[1], dtype=torch.bfloat16, device="cuda")
+    deep_gemm.fp8_gemm_nt(a, b, first)
+    differences = torch.zeros((), dtype=torch.int64, device="cuda")
+    d = torch.empty_like(first)
+    for _ in range(1000):
+        d.fill_(float("nan"))
+        deep_gemm.fp8_gemm_nt(a, b, d)
+        differences += (d.view(torch.int16) != first.view(torch.int16)).sum()
+    assert int(differences) == 0
+
+
+def test_rows_have_the_same_bits_for_every_m():
+    a, b = operands(4096, 2112, 1024)
+    whole = torch.empty(4096, 2112, dtype=torch.bfloat16, device="cuda")
+    deep_gemm.fp8_gemm_nt(a, b, whole)
+    for m in (1, 2, 17, 64, 100, 128, 200, 777, 2048):
+        d, _ = guarded(m, 2112)
+        deep_gemm.fp8_gemm_nt((a[0][:m], a[1][:m].contiguous()), b, d)
+        assert differing(d, whole[:m].contiguous()) == 0, m
+
+
+def test_scales_in_any_strides():
+    a, b = operands(130, 264, 1168)
+    want = exact(a, b)
+    layouts = [
+        a[1],
+        a[1].t().contiguous().t(),
+        deep_gemm.get_mn_major_tma_aligned_tensor(a[1]),
+        torch.cat([a[1], a[1]], 1)[:, :10],
+        torch.stack([a[1], a[1]], 2)[..., 1],
+    ]
+    for a_scales in layouts:
+        for b_scales in (b[1], b[1].t().contiguous().t()):
+            d, _ = guarded(130, 264)
+            deep_gemm.fp8_gemm_nt((a[0], a_scales), (b[0], b_scales), d)
+            assert differing(d, want) == 0, (a_scales.stride(), b_scales.stride())
+
+
+def test_graph_replays_with_new_contents():
+    a, b = operands(100, 576, 512)
+    d, _ = guarded(100, 576)
+    deep_gemm.fp8_gemm_nt(a, b, d)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        deep_gemm.fp8_gemm_nt(a, b, d)
+    for seed in (5, 6):
+        new_a, new_b = operands(100, 576, 512, seed)
+        for old, new in zip((*a, *b), (*new_a, *new_b), strict=True):
+            old.copy_(new)
+        d.fill_(float("nan"))
+        graph.replay()
+        assert differing(d, exact(a, b)) == 0
+
+
+def test_streams_and_threads():
+    problems = [operands(64 + i, 576, 512, i) for i in range(8)]
+    wants = [exact(*p) for p in problems]
+
+    def work(i):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                d = torch.full_like(wants[i], float("nan"))
+                deep_gemm.fp8_gemm_nt(*problems[i], d)
+                torch.cuda.current_stream().synchronize()
+                if differing(d, wants[i]):
+                    return False
+        return True
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+def test_rejection_then_good_call():
+    a, b = operands(64, 128, 128)
+    d, _ = guarded(64, 128)
+    with pytest.raises(
+        deep_gemm.errors.InvalidInputError, match="the operands are on cpu, cuda:0, expected one device"
+    ):
+        deep_gemm.fp8_gemm_nt(a, (b[0].cpu(), b[1]), d)
+    deep_gemm.fp8_gemm_nt(a, b, d)
+    assert differing(d, exact(a, b)) == 0
+
+
+SANITIZED = """
+import torch, deep_gemm
+from deep_gemm import heuristics
+from deep_gemm.problem import dense
+from deep_gemm.runtime import device
+from deep_gemm.runtime.launch import launch
+hopper = device.current(0)
+for m, n, k in ((65, 136, 400), (257, 528, 1152)):
+    a = torch.ones(m, k, device="cuda").to(torch.float8_e4m3fn), torch.ones(m, -(-k // 128), device="cuda")
+    b = torch.ones(n, k, device="cuda").to(torch.float8_e4m3fn), torch.ones(-(-n // 128), -(-k // 128), device="cuda")
+    for shape in ((64, 16, 1, 1), (64, 48, 1, 2), (128, 112, 1, 1), (128, 256, 2, 1), (192, 128, 1, 2)):
+        tile = heuristics.make_tile(*shape)
+        d = torch.zeros(m, n, dtype=torch.bfloat16, device="cuda")
+        problem, operands = dense(a, b, d)
+        if heuristics.is_legal(tile, problem, hopper, 8):
+            launch(heuristics.plan_for(tile, problem, hopper, 8), problem, operands)
+            torch.cuda.synchronize()
+            assert (d.float() == torch.tensor(float(k)).bfloat16().float().item()).all(), tile
+print("ran")
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+def test_compute_sanitizer(tool):
+    if subprocess.run(["which", "compute-sanitizer"], capture_output=True).returncode:
+        pytest.skip("compute-sanitizer is not on PATH")
+    command = [
+        "compute-sanitizer",
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        "--kernel-regex",
+        "kns=fp8_gemm",
+        sys.executable,
+        "-c",
+        SANITIZED,
+    ]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    )
+    assert result.returncode == 0 and "ran" in result.stdout, result.stdout[-3000:] + result.stderr[-3000:]

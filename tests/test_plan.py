@@ -1,0 +1,101 @@
+"""Tiles, plans and the kernels compiled from them. No GPU."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from deep_gemm import heuristics, plan
+from deep_gemm.problem import Problem
+from deep_gemm.runtime import sass
+from deep_gemm.runtime.compiler import compile_many
+from deep_gemm.runtime.device import H200
+
+GOLDEN = Path(__file__).parent / "data" / "golden_plans.json"
+KERNELS = Path(plan.__file__).parent / "kernels"
+SAMPLE = plan.make_tile(128, 256, 2, 1)
+
+
+@pytest.mark.parametrize("wait_limit", [0, 2], ids=["release", "debug"])
+def test_every_tile_compiles_clean(wait_limit):
+    """Tensor cores in use, nothing spilled, no wgmma serialised, setmaxnreg heeded, all as planned."""
+    tiles = heuristics.tiles() if wait_limit == 0 else heuristics.tiles()[::10]
+    for tile, cubin in zip(tiles, compile_many([tile.source(wait_limit) for tile in tiles]), strict=True):
+        assert cubin.performance_warnings == [], tile
+        info = sass.read(cubin.image)
+        loops = {tile.unroll, 1}
+        assert info.qgmma == 4 * tile.block_n // tile.chunk_n * sum(loops), tile
+        assert info.ffma == tile.block_n // 2 * sum(loops), tile
+        assert info.local_bytes == info.local_loads == info.local_stores == 0, tile
+        assert info.registers * tile.threads <= 65536, tile
+
+
+def test_tiles_are_distinct_and_fit():
+    tiles = heuristics.tiles()
+    assert len(set(tiles)) == len(tiles)
+    for tile in tiles:
+        assert tile.smem_bytes <= H200.smem_bytes
+        assert tile.stages >= 3
+        assert tile.accumulators <= 192
+
+
+def test_sample_of_the_constants_is_fresh():
+    """kernels/config.cuh is for editors and readers; the compiler gets a rendered one."""
+    assert (KERNELS / "config.cuh").read_text() == SAMPLE.render()
+
+
+def golden_problems():
+    dense = [(n, k) for n, k in ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))]
+    shapes = [(m, n, k) for m in (1, 16, 64, 128, 4096) for n, k in dense]
+    return [*shapes, (7, 8, 16), (100, 24, 400), (256, 576, 7168), (576, 16, 7168), (777, 24640, 1152),
+            (1024, 7168, 4608), (2048, 4096, 4096), (8192, 7168, 2048), (16384, 7168, 18432),
+            (32768, 2112, 7168)]  # fmt: skip
+
+
+def test_golden_plans():
+    """40 shapes and their plans, so that a refactor shows no difference and a tuning change shows its whole effect.
+
+    After a change that is meant: `python tests/test_plan.py` writes the file anew.
+    """
+    assert json.loads(GOLDEN.read_text()) == render_golden()
+
+
+def render_golden():
+    return {"x".join(map(str, shape)): str(heuristics.choose(Problem(*shape), H200)) for shape in golden_problems()}
+
+
+def random_problems(count):
+    rng = random.Random(7)
+    for _ in range(count):
+        m, n, k = (2 ** rng.uniform(0, top) for top in (15, 12, 10))
+        yield Problem(int(m), 8 * int(n), 16 * int(k)), rng.choice([1, 2, 3, 77, 78, 114, 130, 131, 132])
+
+
+def test_plans_are_legal():
+    for problem, num_sms in random_problems(100):
+        chosen = heuristics.choose(problem, H200, num_sms)
+        tile = chosen.tile
+        rows = -(-problem.m // (tile.block_m * tile.cluster_m))
+        assert 1 <= chosen.band <= rows
+        assert 1 <= chosen.ctas <= num_sms
+        assert chosen.ctas % tile.cluster == 0
+        assert chosen.cost.us > 0
+
+
+def test_ranking_starts_with_the_choice():
+    problem = Problem(4096, 7168, 2048)
+    ranked = heuristics.ranked(problem, H200)
+    assert ranked[0] == heuristics.choose(problem, H200)
+    assert [p.cost.us for p in ranked] == sorted(p.cost.us for p in ranked)
+
+
+def test_a_band_keeps_the_reads_of_a_wave_small():
+    """With 66 clusters of 256x256 on 16 x 96 clusters, a square-like band reads less than rows or columns alone."""
+    chosen = heuristics.plan_for(SAMPLE, Problem(4096, 24576, 1536), H200, 132)
+    assert 6 <= chosen.band <= 11
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(render_golden(), indent=1) + "\n")
+    (KERNELS / "config.cuh").write_text(SAMPLE.render())
