@@ -1,0 +1,432 @@
+"""The command line: `python -m deep_gemm`, or `deep-gemm`.
+
+demo     multiplies the linear layers of DeepSeek-V3, or of a checkpoint, and checks them
+doctor   says what is found, what is missing and how to get it
+explain  prints the plan for a shape, what it costs and what came second
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from . import __version__, fp8_gemm_nt, reference, settings
+from .errors import DeepGemmError, InvalidInputError, MissingDependencyError
+from .heuristics import ranked
+from .layout import ceil_div, get_mn_major_tma_aligned_tensor
+from .problem import Problem, check_shape
+from .quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
+from .runtime import device as devices
+from .runtime.compiler import Source, compile
+from .runtime.launch import check, driver
+
+# The linear layers of DeepSeek-V3 outside its routed experts: name, N, K. Projections of one input are one GEMM.
+# Source: the model's config.json: hidden 7168, q_lora_rank 1536, kv_lora_rank 512, qk_rope_head_dim 64, 128 heads of
+# 128 + 64 (queries) and 128 (values), moe_intermediate_size 2048.
+LAYERS = (
+    ("attention q_a + kv_a", 2112, 7168),
+    ("attention q_b", 24576, 1536),
+    ("attention kv_b", 32768, 512),
+    ("attention o", 7168, 16384),
+    ("shared expert gate + up", 4096, 7168),
+    ("shared expert down", 7168, 2048),
+)
+DEFAULT_M = {"cuda": 4096, "cpu": 64}
+CHECKED_ROWS, CHECKED_COLUMNS = 16, 128
+
+Weight = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight, [n, k], loaded when its turn comes: E4M3 values and scales per 128x128 on a device."""
+
+    name: str
+    n: int
+    k: int
+    load: Callable[[torch.device], Weight]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 1 where something failed or a check did not hold. Errors are one line on stderr."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except BrokenPipeError:  # the reader has seen enough, as `head` has; and nothing is left to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (DeepGemmError, OSError, RuntimeError) as error:  # torch is out of memory with a RuntimeError
+        print(f"deep-gemm: {_first_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong option, as for every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}: see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("deep-gemm", description="FP8 matrix multiplication for NVIDIA Hopper.")
+    parser.add_argument("--version", action="version", version=f"deep-gemm {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser(
+        "demo", help="multiply the linear layers of DeepSeek-V3, or of a checkpoint, and check them"
+    )
+    demo.add_argument("--m", type=_positive, help="rows of the activations (default: 4096 on a GPU, 64 on a CPU)")
+    demo.add_argument("--device", help="cuda, cuda:1, cpu (default: a Hopper GPU if there is one)")
+    demo.add_argument(
+        "--weights", type=Path, metavar="FILE.safetensors", help="take the 2-D weights of this checkpoint"
+    )
+    demo.add_argument("--limit", type=_positive, default=16, help="weights of the checkpoint at most (default: 16)")
+    demo.set_defaults(run=_demo)
+
+    doctor = commands.add_parser("doctor", help="say what is found, what is missing and how to get it")
+    doctor.set_defaults(run=_doctor)
+
+    explain = commands.add_parser("explain", help="print the plan for a shape, without a GPU")
+    for name, axis in (("m", "rows of a and d"), ("n", "rows of b, columns of d"), ("k", "columns of a and b")):
+        explain.add_argument(name, type=_positive, metavar=name.upper(), help=axis)
+    explain.add_argument("--sms", type=_positive, help="SMs to use (default: all)")
+    explain.add_argument("--device", choices=("h200", "current"), default="h200", help="plan for (default: h200)")
+    explain.set_defaults(run=_explain)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+# demo
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    device = _demo_device(args.device)
+    m = args.m or DEFAULT_M[device.type]
+    layers = list(_checkpoint(args.weights, args.limit) if args.weights else _deepseek_v3())
+    hardware = (
+        devices.current(device.index).name if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(f"d = a @ b.T, E4M3 x E4M3 -> BF16 on {hardware}; scales of a per 1x128, of b per 128x128")
+    width = max((len(layer.name) for layer in layers), default=5)
+    print(f"{'layer':{width}}      M      N      K   device        time        speed    error  checked against float64")
+    failed = 0
+    # disable=None: no bar unless stderr is a terminal.
+    for layer in tqdm(layers, unit="layer", leave=False, disable=None):
+        row, holds = _multiply(layer, m, device)
+        tqdm.write(f"{layer.name:{width}} {row}")
+        failed += not holds
+    if failed:
+        print(
+            f"deep-gemm: {failed} of {len(layers)} products are further from float64 than the bound allows",
+            file=sys.stderr,
+        )
+    return int(failed > 0)
+
+
+def _demo_device(name: str | None) -> torch.device:
+    """The device asked for; else the current GPU if it is a Hopper GPU, else the CPU.
+
+    Raises: InvalidInputError, UnsupportedDeviceError.
+    """
+    if name is None:
+        hopper = torch.cuda.is_available() and devices.current().capability == devices.HOPPER
+        return torch.device("cuda" if hopper else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in DEFAULT_M or (
+        device.type == "cuda" and (device.index or 0) >= max(1, torch.cuda.device_count())
+    ):
+        raise InvalidInputError(
+            f"--device is {name}, expected cpu, or cuda with the number of a GPU: see deep-gemm doctor"
+        )
+    if device.type == "cuda":
+        devices.current(device.index).require_hopper()
+    return device
+
+
+def _deepseek_v3() -> Iterator[Layer]:
+    for name, n, k in LAYERS:
+        yield Layer(name, n, k, lambda device, n=n, k=k: per_block_cast_to_fp8(torch.randn(n, k, device=device)))
+
+
+def _checkpoint(path: Path, limit: int) -> Iterator[Layer]:
+    """The 2-D weights of a safetensors file, plain or FP8 with `<name>_scale_inv`. Says what it leaves out, and why.
+
+    Raises: InvalidInputError for what is no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InvalidInputError(f"--weights is {path}, expected a safetensors file: there is no such file")
+    try:
+        file: Any = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise InvalidInputError(f"--weights is {path}, expected a safetensors file: {error}") from error
+    names = set(file.keys())
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(names)}
+    weights = {name: shape for name, shape in shapes.items() if len(shape) == 2 and not name.endswith("_scale_inv")}
+    fitting = 0
+    for name, (n, k) in weights.items():
+        dtype, scales = file.get_slice(name).get_dtype(), f"{name}_scale_inv"
+        if reason := _why_not(name, n, k, dtype, shapes.get(scales)):
+            print(f"{name} [{n}, {k}] {dtype}: left out, {reason}")
+            continue
+        fitting += 1
+        if fitting <= limit:
+            yield Layer(name, n, k, lambda device, name=name: _load(file, name, device))
+    if fitting > limit:
+        print(f"{fitting - limit} more weights fit: raise --limit {limit} to multiply them")
+    if not fitting:
+        raise InvalidInputError(
+            f"--weights is {path}, expected 2-D weights, N a multiple of 8 and K of 16: none is in it"
+        )
+
+
+def _why_not(name: str, n: int, k: int, dtype: str, scales: tuple[int, ...] | None) -> str | None:
+    """Why a weight cannot be multiplied; None if it can."""
+    if "embed" in name:
+        return "an embedding is a table, and is not multiplied"
+    if n == 0:
+        return "it is empty"
+    try:
+        check_shape(n, k)
+    except InvalidInputError as misfit:
+        return str(misfit).partition(":")[0]
+    if dtype == "F8_E4M3":
+        want = (ceil_div(n, 128), ceil_div(k, 128))
+        return None if scales == want else f"its _scale_inv has shape {scales}, expected {want}"
+    return None if dtype in ("BF16", "F16", "F32") else "neither BF16, F16, F32 nor F8_E4M3"
+
+
+def _load(file: Any, name: str, device: torch.device) -> Weight:
+    """FP8 weights as they are, with their scales; others quantised. Copied, for in a file nothing lies on 16 bytes."""
+    weight = file.get_tensor(name).to(device, copy=True)
+    if weight.dtype == torch.float8_e4m3fn:
+        return weight, file.get_tensor(f"{name}_scale_inv").to(device).float()
+    slabs = [per_block_cast_to_fp8(slab) for slab in weight.split(4096)]  # in FP32 a vocabulary fills many gigabytes
+    return torch.cat([x for x, _ in slabs]), torch.cat([x for _, x in slabs])
+
+
+def _multiply(layer: Layer, m: int, device: torch.device) -> tuple[str, bool]:
+    """A row of the table, and whether every checked element is within the bound."""
+    problem = Problem(m, layer.n, layer.k)
+    torch.manual_seed(0)
+    b = layer.load(device)
+    a, a_scales = per_token_cast_to_fp8(torch.randn(m, layer.k, device=device))
+    a = (a, get_mn_major_tma_aligned_tensor(a_scales))
+    d = torch.full((m, layer.n), float("nan"), dtype=torch.bfloat16, device=device)
+    us = _time_us(lambda: fp8_gemm_nt(a, b, d), device)
+    error, checked, outside = _check(a, b, d)
+    # An H200 does some 300 FLOP in the time of a byte from memory; a CPU is busy computing at every M.
+    compute_bound = device.type == "cpu" or problem.flop > 300 * problem.bytes
+    speed = f"{problem.flop / us / 1e6:.3g} TFLOPS" if compute_bound else f"{problem.bytes / us / 1e3:.0f} GB/s"
+    duration = f"{us:.1f} us" if us < 1e4 else f"{us / 1e3:.0f} ms"
+    verdict = f"{outside} of {checked} OUTSIDE the bound" if outside else f"{checked} within the bound"
+    row = f"{m:6d} {layer.n:6d} {layer.k:6d}   {device.type:6} {duration:>11} {speed:>12} {error:8.1e}  {verdict}"
+    return row, not outside
+
+
+def _time_us(run: Callable[[], None], device: torch.device) -> float:
+    """The median of some calls after a first one, as a user sees them: operands may be found in the cache."""
+    run()
+    if device.type == "cpu":
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e6
+    with torch.cuda.device(device):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
+        for event in events[:-1]:
+            event.record()
+            run()
+        events[-1].record()
+        torch.cuda.synchronize()
+    return statistics.median(x.elapsed_time(y) for x, y in pairwise(events)) * 1e3
+
+
+def _check(a: Weight, b: Weight, d: torch.Tensor) -> tuple[float, int, int]:
+    """Holds all columns of some rows and all rows of some columns against float64.
+
+    Returns the relative error (norm of the difference over the norm), how many elements were checked, and how many of
+    them are further away than the bound of docs/numerics.md.
+    """
+    (m, n), exact = d.shape, d.device.type == "cuda"
+    rows = torch.randperm(m)[:CHECKED_ROWS].to(d.device)
+    first = int(torch.randint(ceil_div(n, CHECKED_COLUMNS), ())) * CHECKED_COLUMNS
+    columns, block = slice(first, first + CHECKED_COLUMNS), slice(first // 128, first // 128 + 1)
+    few_rows = (a[0].view(torch.uint8)[rows].view(a[0].dtype), a[1][rows])
+    square = wrong = 0.0
+    checked = outside = 0
+    for x, y, got in ((few_rows, b, d[rows]), (a, (b[0][columns], b[1][block]), d[:, columns])):
+        truth, bound = reference.truth_and_bound(*x, *y, exact=exact)
+        distance = (got.double() - truth).abs()
+        outside += int((~(distance <= reference.bf16_bound(truth, bound))).sum())  # NaN is outside
+        checked += distance.numel()
+        wrong += float(distance.square().sum())
+        square += float(truth.square().sum())
+    return (wrong / square) ** 0.5 if square else wrong**0.5, checked, outside
+
+
+# doctor
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `doctor`. remedy: what to do, empty where nothing is missing."""
+
+    name: str
+    value: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        line = f"{'missing' if self.remedy else 'ok':8} {self.name:14} {self.value}"
+        return f"{line}\n{'':23} -> {self.remedy}" if self.remedy else line
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    hopper = torch.cuda.is_available() and devices.current().capability == devices.HOPPER
+    needed = [_find_bindings(), _find_driver(), _find_compiler()]
+    print(f"ok       Python         {sys.version.split()[0]}, {sys.executable}")
+    print(f"ok       deep_gemm      {__version__}, {Path(__file__).parent}")
+    print(*[_find_torch(), _find_gpu(), *needed, _find_cache(), *_find_wrong_settings()], sep="\n")
+    print("\nsettings, by the environment:")
+    for name, _, value, _, meaning in settings.describe():
+        print(f"  {name:30} {value!s:24} {meaning}")
+    usable = not any(finding.remedy for finding in needed)
+    if not hopper:
+        print("\nGEMMs run on the CPU of this machine" + (", and kernels compile." if usable else "."))
+        return 0
+    print(
+        f"\nGEMMs run on {devices.current().name}." if usable else "\nThe GPU cannot be used until the above is mended."
+    )
+    return int(not usable)
+
+
+def _find_torch() -> Finding:
+    cuda = torch.version.cuda
+    return Finding("PyTorch", f"{torch.__version__}, {f'CUDA {cuda}' if cuda else 'a build without CUDA'}")
+
+
+def _find_gpu() -> Finding:
+    if not torch.cuda.is_available():
+        why = (
+            "no driver or no GPU"
+            if torch.version.cuda
+            else "PyTorch is a build without CUDA; pytorch.org has one with it"
+        )
+        return Finding("GPU", f"PyTorch sees none: {why}", "an NVIDIA H100, H200 or H800; on the CPU nothing is needed")
+    gpu = devices.current()
+    value = f"{gpu.name}, compute capability {gpu.capability[0]}.{gpu.capability[1]}, {gpu.num_sms} SMs"
+    return Finding(
+        "GPU", value, "" if gpu.capability == devices.HOPPER else "kernels need Hopper (9.0): H100, H200, H800"
+    )
+
+
+def _driver_cuda() -> int:
+    """The CUDA version that the driver supports, such as 13020 for 13.2; an error where there is none."""
+    return check(driver().cuDriverGetVersion(), "asking for the driver's version")
+
+
+def _find_driver() -> Finding:
+    try:
+        version = _driver_cuda()
+    except MissingDependencyError:
+        return Finding("driver", "unknown without cuda-bindings", "see cuda-bindings")
+    except (DeepGemmError, RuntimeError) as error:
+        return Finding("driver", _first_line(error), "NVIDIA's driver, 580 or newer (525 with the CUDA 12 packages)")
+    return Finding("driver", f"supports CUDA {version // 1000}.{version % 1000 // 10}")
+
+
+def _find_bindings() -> Finding:
+    try:
+        import_module("cuda.bindings.driver")
+    except ImportError as error:
+        return Finding("cuda-bindings", _first_line(error), "pip install cuda-bindings")
+    return Finding("cuda-bindings", metadata.version("cuda-bindings"))
+
+
+def _find_compiler() -> Finding:
+    """The compiler that kernels would be compiled with now, tried on an empty one."""
+    start = time.perf_counter()
+    try:
+        compile(Source("doctor.cu", 'extern "C" __global__ void doctor() {}'))
+        nvcc = settings.get("DG_JIT_NVCC_COMPILER")
+    except DeepGemmError as error:
+        what, _, remedy = _first_line(error).partition(": ")
+        return Finding("compiler", what, remedy or "mend the settings below; DG_JIT_PTXAS_VERBOSE=1 says more")
+    taken = f"an empty kernel in {time.perf_counter() - start:.2f} s"
+    if nvcc or not settings.get("DG_JIT_USE_NVRTC"):
+        return Finding("compiler", f"{nvcc or 'nvcc'}, {taken}")
+    _, major, minor = import_module("cuda.bindings.nvrtc").nvrtcVersion()
+    with suppress(DeepGemmError, RuntimeError):  # no driver has a line of its own
+        if _driver_cuda() < 1000 * major:
+            remedy = f"the driver loads no kernels of CUDA {major}: a newer driver, or pip install 'deep-gemm[cu12]'"
+            return Finding("compiler", f"NVRTC {major}.{minor}", remedy)
+    return Finding("compiler", f"NVRTC {major}.{minor}, {taken}")
+
+
+def _find_cache() -> Finding:
+    try:
+        folder = settings.get("DG_JIT_CACHE_DIR")
+    except InvalidInputError as error:
+        return Finding("cache", _first_line(error), "set DG_JIT_CACHE_DIR")
+    entries = [manifest.parent for manifest in folder.glob("*/manifest.json")]
+    size = sum(file.stat().st_size for entry in entries for file in entry.iterdir())
+    value = f"{folder}, kernels: {len(entries)}, {size / 1e6:.1f} MB"
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    remedy = f"{there} cannot be written, so every process compiles anew: set DG_JIT_CACHE_DIR to a folder of yours"
+    return Finding("cache", value, "" if writable else remedy)
+
+
+def _find_wrong_settings() -> list[Finding]:
+    """describe() has text in place of a value that cannot be read."""
+    wrong = [(name, value) for name, _, value, *_ in settings.describe() if isinstance(value, str)]
+    return [Finding(name, complaint, "set it to what is expected, or unset it") for name, complaint in wrong]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# explain
+
+
+def _explain(args: argparse.Namespace) -> int:
+    check_shape(args.n, args.k)
+    device = devices.current() if args.device == "current" else devices.H200
+    device.require_hopper()
+    if args.sms and args.sms > device.num_sms:
+        raise InvalidInputError(f"--sms is {args.sms}, expected at most {device.num_sms}, what {device.name} has")
+    m, n, k, sms = args.m, args.n, args.k, args.sms or device.num_sms
+    problem = Problem(m, n, k)
+    first, second, *others = ranked(problem, device, sms)
+    print(f"d[{m}, {n}] = a[{m}, {k}] @ b[{n}, {k}].T on {device.name}, {sms} SMs")
+    work, size = problem.flop, problem.bytes
+    print(f"work       {work / 1e9:.4g} GFLOP, {size / 1e6:.4g} MB: {work / size:.0f} FLOP per byte")
+    for name, plan in (("plan", first), ("runner-up", second)):
+        print(f"{name:10} {plan}\n{'':10} {plan.cost}")
+    print(f"{'':10} {second.cost.us / first.cost.us - 1:.1%} behind; {len(others)} more plans are legal")
+    return 0
