@@ -1,0 +1,326 @@
+"""Measures this GPU: our GEMM beside cuBLASLt, over the shapes of DeepSeek-V3. `make bench`, or `python -m bench.run`.
+
+Method. A CUDA graph holds many launches over several sets of operands, so many that nothing is found in L2. All
+implementations of a shape take turns: an idle pause, one replay to warm up, and one that is timed. The figure is the
+median of nine turns, in us per launch ("burst": the clock is high after the pause). For M = 4096 every implementation
+also runs alone for a second and a half without a pause, and the second half of it is reported ("sustained": power
+limits the clock). Before it is timed, a shape is multiplied through the graph into poisoned outputs, and samples of
+the first and the last set are held against the bit-exact reference: with one wrong bit the row has an error, no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import import_module
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import deep_gemm
+from bench.table import OURS, PEER, RESULTS, Row, geometric_means
+from deep_gemm import reference
+from deep_gemm.cli import LAYERS
+from deep_gemm.problem import Problem
+from deep_gemm.quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
+
+MS = (1, 16, 64, 128, 4096)
+SUSTAINED_M = 4096
+TURNS = 9
+PAUSE_S = 0.02
+REPLAY_US = 1500
+SUSTAINED_S = 1.5
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One set. a [M, K] and b [N, K] in both formats; the scales as each implementation wants them; d [M, N] BF16."""
+
+    a: torch.Tensor
+    a_scales: torch.Tensor
+    b: torch.Tensor
+    b_scales: torch.Tensor
+    b_scales_padded: torch.Tensor  # [align(ceil(K/128), 4), ceil(N/128)], K-major, as cuBLASLt reads it
+    one: torch.Tensor
+    a_bf16: torch.Tensor
+    b_bf16: torch.Tensor
+    d: torch.Tensor
+
+    @classmethod
+    def random(cls, problem: Problem) -> Operands:
+        a_bf16 = torch.randn(problem.m, problem.k, device="cuda", dtype=torch.bfloat16)
+        b_bf16 = torch.randn(problem.n, problem.k, device="cuda", dtype=torch.bfloat16)
+        a, a_scales = per_token_cast_to_fp8(a_bf16, False)
+        b, b_scales = per_block_cast_to_fp8(b_bf16, False)
+        k_blocks = b_scales.shape[1]
+        padded = torch.zeros(b_scales.shape[0], -(-k_blocks // 4) * 4, device="cuda")
+        padded[:, :k_blocks] = b_scales
+        return cls(
+            a=a,
+            a_scales=deep_gemm.get_mn_major_tma_aligned_tensor(a_scales),
+            b=b,
+            b_scales=b_scales,
+            b_scales_padded=padded.t(),
+            one=torch.ones((), device="cuda"),
+            a_bf16=a_bf16,
+            b_bf16=b_bf16,
+            d=torch.empty(problem.m, problem.n, device="cuda", dtype=torch.bfloat16),
+        )
+
+
+def run_ours(x: Operands) -> torch.Tensor:
+    deep_gemm.fp8_gemm_nt((x.a, x.a_scales), (x.b, x.b_scales), x.d)
+    return x.d
+
+
+def run_tensorwise(x: Operands) -> torch.Tensor:
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        x.a, x.b.t(), x.one, x.one, out_dtype=torch.bfloat16, use_fast_accum=True, out=x.d
+    )
+
+
+def run_block(x: Operands) -> torch.Tensor:
+    recipe = torch.nn.functional.ScalingType
+    return torch.nn.functional.scaled_mm(
+        x.a,
+        x.b.t(),
+        x.a_scales,
+        recipe.BlockWise1x128,
+        x.b_scales_padded,
+        recipe.BlockWise128x128,
+        output_dtype=torch.bfloat16,
+    )
+
+
+def run_bf16(x: Operands) -> torch.Tensor:
+    return torch.mm(x.a_bf16, x.b_bf16.t(), out=x.d)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Operands], torch.Tensor]] = {
+    OURS: run_ours,
+    PEER: run_tensorwise,
+    "cublaslt_block": run_block,
+    "bf16": run_bf16,
+}
+
+
+def counts(problem: Problem, l2_bytes: int) -> tuple[int, int]:
+    """How many sets of operands, and how many launches in a graph: all sets equally often, for about REPLAY_US."""
+    sets = max(2, -(-4 * l2_bytes // problem.bytes) + 1)
+    launch_us = 2 + max(problem.flop / 1.3e9, problem.bytes / 4e6)
+    return sets, sets * max(1, round(REPLAY_US / (launch_us * sets)))
+
+
+def capture(run: Callable[[Operands], torch.Tensor], sets: Sequence[Operands], launches: int) -> torch.cuda.CUDAGraph:
+    run(sets[0])  # compiles, and makes handles and workspaces, outside the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    outputs: list[torch.Tensor] = []  # held, so that an implementation that allocates its output rotates too
+    with torch.cuda.graph(graph):
+        outputs.extend(run(sets[i % len(sets)]) for i in range(launches))
+    return graph
+
+
+def wrong_bits(x: Operands) -> int:
+    """How many of up to 32 x 1024 sampled elements of d differ from the bit-exact reference."""
+    rows, columns = (
+        torch.randperm(size, device="cuda")[:most] for size, most in zip(x.d.shape, (32, 1024), strict=True)
+    )
+    a, b = (t.view(torch.uint8)[i].view(t.dtype) for t, i in ((x.a, rows), (x.b, columns)))
+    expected = reference.to_bf16(
+        reference.fp8_gemm_nt_per_column_scales(a, x.a_scales[rows], b, x.b_scales[columns // 128], exact=True)
+    )
+    return int((x.d[rows][:, columns].view(torch.int16) != expected.view(torch.int16)).sum())
+
+
+def replay_us(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    graph.replay()
+    start.record()
+    for _ in range(replays):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3 / replays
+
+
+def sustained_us(graph: torch.cuda.CUDAGraph, burst_us: float) -> float:
+    """The median of what 20 ms took, over the second half of SUSTAINED_S at load. Two pieces are always in flight."""
+    replays = max(1, round(20_000 / burst_us))
+    pieces = max(4, round(SUSTAINED_S * 1e6 / (replays * burst_us)))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(pieces + 1)]
+    events[0].record()
+    for before, event in zip([events[0], *events], events[1:], strict=False):
+        for _ in range(replays):
+            graph.replay()
+        event.record()
+        before.synchronize()
+    torch.cuda.synchronize()
+    half = events[len(events) // 2 :]
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(half)) * 1e3 / replays
+
+
+def measure(problem: Problem, l2_bytes: int, turns: int, sustained: bool) -> Row:
+    row: Row = {
+        "family": "dense",
+        "shape": [problem.m, problem.n, problem.k],
+        "us": dict.fromkeys(IMPLEMENTATIONS),
+        "flop": problem.flop,
+        "bytes": problem.bytes,
+    }
+    sets_count, row["launches"] = counts(problem, l2_bytes)
+    sets = [Operands.random(problem) for _ in range(sets_count)]
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    for name, run in IMPLEMENTATIONS.items():
+        try:
+            graphs[name] = capture(run, sets, row["launches"])
+        except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+            if name == OURS:
+                raise
+            row.setdefault("refused", {})[name] = str(error).splitlines()[0]
+    for x in sets:
+        x.d.fill_(float("nan"))
+    graphs[OURS].replay()
+    if wrong := wrong_bits(sets[0]) + wrong_bits(sets[-1]):
+        return row | {"error": f"{wrong} sampled elements differ from the exact reference"}
+
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _, (name, graph) in product(range(turns), graphs.items()):
+        time.sleep(PAUSE_S)
+        times[name].append(replay_us(graph, 1))
+    burst = {name: statistics.median(values) for name, values in times.items()}
+    row["us"] |= {name: round(us / row["launches"], 3) for name, us in burst.items()}
+    row["spread"] = {name: round((max(values) - min(values)) / burst[name], 4) for name, values in times.items()}
+    if sustained and problem.m == SUSTAINED_M:
+        row["us_sustained"] = dict.fromkeys(IMPLEMENTATIONS)
+        for name, graph in graphs.items():
+            time.sleep(0.3)
+            row["us_sustained"][name] = round(sustained_us(graph, burst[name]) / row["launches"], 3)
+    return row
+
+
+def output_of(*command: str) -> str | None:
+    """What a command prints, None if it is not there or fails."""
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def machine() -> dict[str, Any]:
+    gpu = torch.cuda.get_device_properties(0)
+    fields = ("uuid", "driver_version", "power.limit", "clocks.max.sm", "clocks.max.memory", "clocks.sm")
+    lines = (output_of("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader") or "").splitlines()
+    line = next((line for line in lines if str(gpu.uuid) in line), "")  # of the GPU that torch calls 0
+    reported = dict(zip(fields, line.split(", "), strict=False))
+    reported.pop("uuid", None)
+    return {"gpu": gpu.name, "sms": gpu.multi_processor_count, "l2_bytes": gpu.L2_cache_size, **reported}
+
+
+def versions() -> dict[str, str | None]:
+    def cublas() -> str | None:
+        for major in (13, 12):  # torch has loaded one of them
+            try:
+                return str(ctypes.CDLL(f"libcublasLt.so.{major}").cublasLtGetVersion())
+            except OSError:
+                continue
+        return None
+
+    _, major, minor = import_module("cuda.bindings.nvrtc").nvrtcVersion()
+    return {
+        "deep_gemm": deep_gemm.__version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cublaslt": cublas(),
+        "nvrtc": f"{major}.{minor}",
+    }
+
+
+def commit() -> dict[str, Any]:
+    """The commit of this checkout, and whether tracked files differ from it (None: no git here)."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    changes = output_of(*git, "status", "--porcelain", "--untracked-files=no")
+    head = output_of(*git, "rev-parse", "HEAD") or os.environ.get("DEEP_GEMM_COMMIT") or "unknown"
+    return {"commit": head, "dirty": None if changes is None else bool(changes)}
+
+
+def line_of(row: Row) -> str:
+    m, n, k = row["shape"]
+    head = f"{m:5d} {n:6d} {k:6d}"
+    if "error" in row:
+        return f"{head}  {row['error']}"
+    cells = [f"{us:9.2f}" if us else f"{'-':>9}" for us in row["us"].values()]
+    ours, theirs = row["us"][OURS], row["us"][PEER]
+    speed = f"{row['flop'] / ours / 1e6:7.0f} TF {row['bytes'] / ours / 1e3:6.0f} GB/s"
+    held = row.get("us_sustained")
+    tail = f"  sustained {held[OURS]:.2f} ({held[OURS] / held[PEER]:.3f})" if held else ""
+    return f"{head} {' '.join(cells)} {ours / theirs:7.3f} {speed}{tail}"
+
+
+def slug(gpu: str) -> str:
+    return "-".join(gpu.removeprefix("NVIDIA ").lower().split())
+
+
+def as_text(about: Row, rows: Sequence[Row]) -> str:
+    """JSON with a line for each row, so that two files can be compared."""
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    return f'{json.dumps(about, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("bench.run", description="Our GEMM beside cuBLASLt on this GPU.")
+    parser.add_argument("--m", type=int, nargs="+", default=list(MS), help="rows of a")
+    parser.add_argument("--n", type=int, nargs="+", help="only layers of these N")
+    parser.add_argument("--k", type=int, nargs="+", help="only layers of these K")
+    parser.add_argument("--quick", action="store_true", help="three turns instead of nine, nothing sustained")
+    parser.add_argument("--no-sustained", action="store_true", help="no figures at load")
+    parser.add_argument("--output", type=Path, help=f"folder for the results (default: {RESULTS}, for complete runs)")
+    parser.add_argument("--note", default="", help="kept in the results file")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        print("bench: needs a Hopper GPU (compute capability 9.0) and a CUDA build of torch", file=sys.stderr)
+        return 1
+
+    torch.manual_seed(0)
+    started = datetime.now(timezone.utc)
+    gpu = machine()
+    print(f"{gpu}\n{versions()}\n    M      N      K " + " ".join(f"{name[:9]:>9}" for name in IMPLEMENTATIONS))
+    turns, sustained = (3, False) if args.quick else (TURNS, not args.no_sustained)
+    rows: list[Row] = []
+    layers = [(n, k) for _, n, k in LAYERS if n in (args.n or [n]) and k in (args.k or [k])]
+    ms: list[int] = args.m
+    for (n, k), m in product(layers, ms):
+        rows.append(measure(Problem(m, n, k), gpu["l2_bytes"], turns, sustained))
+        print(line_of(rows[-1]), flush=True)
+    for reason in dict.fromkeys(f"{name}: {why}" for row in rows for name, why in row.get("refused", {}).items()):
+        print(f"refused by {reason}")
+    for m, mean in geometric_means(rows).items():
+        print(f"M={m}: ours / tensor-wise {mean:.3f} (geometric mean)")
+    for m, mean in geometric_means(rows, "us_sustained").items():
+        print(f"M={m} sustained: ours / tensor-wise {mean:.3f} (geometric mean)")
+    print(f"{(datetime.now(timezone.utc) - started).total_seconds():.0f} s")
+
+    complete = set(args.m) >= set(MS) and not (args.n or args.k or args.quick or args.no_sustained)
+    if folder := args.output or (RESULTS if complete else None):
+        about = {"time": started.isoformat(timespec="seconds"), "note": args.note, **commit(), "machine": gpu}
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{started.date()}-{slug(gpu['gpu'])}.json"
+        path.write_text(as_text(about | {"versions": versions()}, rows))
+        print(path)
+    return int(any("error" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

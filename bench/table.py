@@ -1,0 +1,113 @@
+"""Writes the README's speed table from a results file: `python -m bench.table [FILE]`, by default the newest one."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+START, END = "<!-- bench -->", "<!-- /bench -->"
+OURS, PEER = "deep_gemm", "cublaslt_tensorwise"
+
+Row = dict[str, Any]
+
+
+def geometric_means(rows: Sequence[Row], field: str = "us") -> dict[int, float]:
+    """For each M, the geometric mean of ours / cuBLASLt tensor-wise over its N, K."""
+    ratios: dict[int, list[float]] = {}
+    for row in rows:
+        if (us := row.get(field)) and us[OURS] and us[PEER]:
+            ratios.setdefault(row["shape"][0], []).append(us[OURS] / us[PEER])
+    return {m: statistics.geometric_mean(values) for m, values in ratios.items()}
+
+
+def newest(folder: Path = RESULTS) -> Path | None:
+    """The results file with the latest start."""
+    return max(folder.glob("*.json"), key=lambda path: json.loads(path.read_text())["time"], default=None)
+
+
+def _line(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _us(us: float | None) -> str:
+    return f"{us:.1f}" if us else "-"
+
+
+def _teraflops(row: Row, field: str) -> str:
+    us = row.get(field, {}).get(OURS)
+    return f"{us:.1f} ({row['flop'] / us / 1e6:.0f})" if us else "-"
+
+
+def _ratio(us: dict[str, float | None] | None) -> str:
+    return f"{ours / peer:.2f}" if us and (ours := us[OURS]) and (peer := us[PEER]) else "-"
+
+
+def render(results: Row, source: str) -> str:
+    """The text between the markers: M > 128 as prefill, in us and TFLOPS, the rest as decode, in us."""
+    rows: list[Row] = results["rows"]
+    prefill = [row for row in rows if row["shape"][0] > 128]
+    decode = [row for row in rows if row["shape"][0] <= 128]
+    machine, versions = results["machine"], results["versions"]
+    commit = results["commit"][:12] + " with local changes" * bool(results.get("dirty"))
+    lines = [
+        f"{machine['gpu']}, driver {machine.get('driver_version')}, CUDA {versions['cuda']}, torch {versions['torch']},"
+        f" commit {commit}, {results['time'][:10]}. us per launch, nothing in L2; ratio = ours / "
+        "cuBLASLt tensor-wise (`torch._scaled_mm` with two scalar scales: less work than ours).",
+        "",
+        _line(
+            "prefill: M, N, K", "ours, burst (TFLOPS)", "tensor-wise", "block-wise", "bf16", "ratio", "ours, sustained",
+            "ratio",
+        ),
+        _line(*["---"] * 8),
+    ]  # fmt: skip
+    for row in prefill:
+        us = row["us"]
+        lines.append(
+            _line(
+                ", ".join(map(str, row["shape"])), _teraflops(row, "us"), _us(us[PEER]), _us(us["cublaslt_block"]),
+                _us(us["bf16"]), _ratio(us), _teraflops(row, "us_sustained"), _ratio(row.get("us_sustained")),
+            )
+        )  # fmt: skip
+    ms = sorted({row["shape"][0] for row in decode})
+    cells = {tuple(row["shape"]): f"{_us(row['us'][OURS])} ({_ratio(row['us'])})" for row in decode}
+    lines += ["", _line("decode: N, K; us (ratio)", *(f"M={m}" for m in ms)), _line(*["---"] * (len(ms) + 1))]
+    for n, k in dict.fromkeys((row["shape"][1], row["shape"][2]) for row in decode):
+        lines.append(_line(f"{n}, {k}", *(cells.get((m, n, k), "-") for m in ms)))
+    means = [f"M={m} {mean:.3f}" for m, mean in geometric_means(rows).items()]
+    means += [f"M={m} sustained {mean:.3f}" for m, mean in geometric_means(rows, "us_sustained").items()]
+    return "\n".join(
+        [*lines, "", f"Geometric mean of the ratios: {', '.join(means)}. All figures: [{source}]({source})."]
+    )
+
+
+def replace(text: str, table: str) -> str:
+    """The text with the table between its markers."""
+    head, _, rest = text.partition(START)
+    _, marker, tail = rest.partition(END)
+    if not marker:
+        raise ValueError(f"no {START} .. {END} in the text")
+    return f"{head}{START}\n{table}\n{END}{tail}"
+
+
+def table_of(path: Path) -> str:
+    return render(json.loads(path.read_text()), path.resolve().relative_to(ROOT).as_posix())
+
+
+def main(argv: Sequence[str]) -> int:
+    path = Path(argv[0]) if argv else newest()
+    if path is None:
+        print(f"table: no results in {RESULTS}: run `make bench` on a Hopper GPU", file=sys.stderr)
+        return 1
+    README.write_text(replace(README.read_text(), table_of(path)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

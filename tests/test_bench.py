@@ -1,0 +1,116 @@
+"""The benchmark's arithmetic and its table. The measuring itself needs a GPU: `make bench`."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import run, table
+from deep_gemm.cli import LAYERS
+from deep_gemm.problem import Problem
+
+H200_L2 = 60 << 20
+
+
+def results(scale: float) -> table.Row:
+    rows = []
+    for (_, n, k), m in product(LAYERS, run.MS):
+        problem = Problem(m, n, k)
+        us = dict.fromkeys(run.IMPLEMENTATIONS, 10.0) | {"deep_gemm": 10.0 * scale, "bf16": None}
+        row = {"family": "dense", "shape": [m, n, k], "us": us, "flop": problem.flop, "bytes": problem.bytes}
+        rows.append(row | ({"us_sustained": us} if m == run.SUSTAINED_M else {}))
+    return {
+        "dirty": False,
+        "time": "2026-01-02T03:04:05+00:00",
+        "commit": "0123456789abcdef",
+        "machine": {"gpu": "NVIDIA H200", "driver_version": "580"},
+        "versions": {"cuda": "13.0", "torch": "2.11.0"},
+        "rows": rows,
+    }
+
+
+@pytest.mark.parametrize(("m", "layer"), list(product(run.MS, LAYERS)))
+def test_operands_never_fit_in_l2_and_fit_in_memory(m: int, layer: tuple[str, int, int]):
+    problem = Problem(m, *layer[1:])
+    sets, launches = run.counts(problem, H200_L2)
+    assert (sets - 1) * problem.bytes >= 4 * H200_L2
+    assert 5 * sets * problem.bytes < 4e9  # the same in BF16, and outputs
+    assert launches % sets == 0
+    assert 0.3 < launches * problem.flop / 1.3e9 / run.REPLAY_US < 2 or m < 4096
+
+
+def test_geometric_means():
+    rows = results(0.5)["rows"]
+    assert table.geometric_means(rows) == pytest.approx(dict.fromkeys(run.MS, 0.5))
+    assert table.geometric_means(rows, "us_sustained") == pytest.approx({4096: 0.5})
+    rows[0]["us"]["deep_gemm"] = None  # an error
+    rows[1]["us"]["cublaslt_tensorwise"] = None
+    assert table.geometric_means(rows) == pytest.approx(dict.fromkeys(run.MS, 0.5))
+
+
+def test_table():
+    text = table.render(results(0.5), "bench/results/x.json")
+    assert "| 4096, 7168, 2048 | 5.0 (24052) | 10.0 | 10.0 | - | 0.50 | 5.0 (24052) | 0.50 |" in text
+    assert "| 7168, 2048 | 5.0 (0.50) | 5.0 (0.50) | 5.0 (0.50) | 5.0 (0.50) |" in text
+    assert "M=1 0.500" in text and "M=4096 sustained 0.500" in text and "commit 0123456789ab" in text
+
+
+def test_the_file_is_json_with_a_line_for_each_row():
+    about = results(1.0)
+    rows = about.pop("rows")
+    text = run.as_text(about, rows)
+    assert json.loads(text) == about | {"rows": rows}
+    assert len([line for line in text.splitlines() if '"family"' in line]) == len(rows) == 30
+
+
+def test_table_tells_of_local_changes():
+    assert "commit 0123456789ab with local changes," in table.render(results(1.0) | {"dirty": True}, "x")
+
+
+def test_a_line_for_every_row():
+    for row in results(2.0)["rows"]:
+        assert " 2.000 " in run.line_of(row)
+    assert run.line_of(row | {"error": "7 elements differ"}).endswith("7 elements differ")
+
+
+def test_replace():
+    text = f"a\n{table.START}\nold\n{table.END}\nb\n"
+    assert table.replace(text, "new") == f"a\n{table.START}\nnew\n{table.END}\nb\n"
+    with pytest.raises(ValueError, match="no <!-- bench -->"):
+        table.replace("a", "new")
+
+
+def test_newest(tmp_path: Path):
+    assert table.newest(tmp_path) is None
+    for name, time in (("2026-01-02-h200.json", "2026-01-02T00:00:00"), ("2026-01-01-z.json", "2026-01-01T00:00:00")):
+        (tmp_path / name).write_text(json.dumps({"time": time}))
+    assert table.newest(tmp_path) == tmp_path / "2026-01-02-h200.json"
+
+
+def test_readme_has_the_newest_results():
+    newest = table.newest()
+    if newest is None:
+        pytest.skip("no results yet: make bench")
+    text = table.README.read_text()
+    assert table.replace(text, table.table_of(newest)) == text, "run: python -m bench.table"
+
+
+def test_names_of_files():
+    assert [run.slug(x) for x in ("NVIDIA H200", "NVIDIA H100 80GB HBM3")] == ["h200", "h100-80gb-hbm3"]
+
+
+def test_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run.main([]) == 1
+    assert "needs a Hopper GPU" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_a_row_on_the_gpu():
+    row = run.measure(Problem(64, 2112, 7168), torch.cuda.get_device_properties(0).L2_cache_size, 1, False)
+    assert "error" not in row and not row.get("refused")
+    assert all(us > 1 for us in row["us"].values())
