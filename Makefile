@@ -26,7 +26,7 @@ check: $(DEV_READY) ## style and types
 	$(PY) -m pyright --pythonpath "$$($(PY) -c 'import sys; print(sys.executable)')"
 
 gpu: $(DEV_READY) ## the tests that need a Hopper GPU
-	$(PY) -m pytest -m gpu $(ARGS)
+	$(PY) -m pytest -m gpu --results tests/results $(ARGS)
 
 bench: $(USER_READY) ## measure on this GPU, beside cuBLASLt
 	$(PY) -m bench.run $(ARGS)

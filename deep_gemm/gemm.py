@@ -115,13 +115,13 @@ def _run(problem: Problem, operands: Operands) -> None:
         return
     if operands.a.device.type == "cpu":
         return reference.run(operands.a, operands.a_scales, operands.b, operands.b_scales, operands.d)
-    hopper = device.current(operands.a.device.index)
-    hopper.require_hopper()
-    launch(_plan(problem, hopper, device.get_num_sms()), problem, operands)
+    launch(_plan(problem.m, problem.n, problem.k, operands.a.device.index, device.num_sms_set()), operands)
 
 
 @lru_cache(maxsize=4096)
-def _plan(problem: Problem, hopper: device.Device, num_sms: int) -> Plan:
+def _plan(m: int, n: int, k: int, device_index: int, num_sms: int | None) -> Plan:
+    problem, hopper = Problem(m, n, k), device.current(device_index)
+    hopper.require_hopper()
     plan = choose(problem, hopper, num_sms)
     if settings.get("DG_PRINT_CONFIGS"):
         print(f"deep_gemm: {problem}: {plan}", file=sys.stderr)

@@ -7,6 +7,7 @@ from functools import cache
 from math import gcd
 from pathlib import Path
 
+from .problem import Problem
 from .runtime.compiler import Source
 
 BLOCK_K = 128
@@ -159,15 +160,16 @@ class Cost:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """A tile, and how a launch walks the output with it.
+    """A tile, and how a launch walks a problem's output with it. Compared by identity, which is fast.
 
     Attributes:
         ctas: the grid; persistent, so never more than there are SMs.
         band: rows of tiles (of clusters) that are walked together, so that operands are found in L2.
     """
 
+    problem: Problem
     tile: Tile
     ctas: int
     band: int

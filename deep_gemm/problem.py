@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -41,8 +42,7 @@ class Problem:
         return self.m == 0 or self.n == 0
 
 
-@dataclass(frozen=True)
-class Operands:
+class Operands(NamedTuple):
     """Checked: a [M, K], b [N, K] E4M3; a_scales [M, K / 128], b_scales [N / 128, K / 128] FP32; d [M, N] BF16."""
 
     a: torch.Tensor
@@ -59,13 +59,9 @@ def dense(a: Pair, b: Pair, d: torch.Tensor) -> tuple[Problem, Operands]:
     """
     a_values, a_scales = _pair("a", a, "per_token_cast_to_fp8")
     b_values, b_scales = _pair("b", b, "per_block_cast_to_fp8")
-    _tensor(
-        "d",
-        d,
-        torch.bfloat16,
-        f"allocate it with torch.empty(({a_values.shape[0]}, {b_values.shape[0]}), dtype=torch.bfloat16)",
-    )
     (m, k), (n, k_of_b) = a_values.shape, b_values.shape
+    if not _is_matrix(d, torch.bfloat16):
+        raise _no_matrix("d", d, torch.bfloat16, f"allocate it with torch.empty(({m}, {n}), dtype=torch.bfloat16)")
     if k != k_of_b:
         raise InvalidInputError(
             f"b has shape {_shape(b_values)}, expected (N, {k}) for a of shape {_shape(a_values)}: "
@@ -74,21 +70,22 @@ def dense(a: Pair, b: Pair, d: torch.Tensor) -> tuple[Problem, Operands]:
     if d.shape != (m, n):
         raise InvalidInputError(f"d has shape {_shape(d)}, expected ({m}, {n}), M of a and N of b")
     check_shape(n, k)
-    blocks = ceil_div(k, 128)
-    _scales("a", a_scales, a_values, (m, blocks), "per_token_cast_to_fp8")
-    _scales("b", b_scales, b_values, (ceil_div(n, 128), blocks), "per_block_cast_to_fp8")
-    for name, x in (("a", a_values), ("b", b_values), ("d", d)):
-        _row_major(name, x)
-    devices = {x.device for x in (a_values, a_scales, b_values, b_scales, d)}
-    if len(devices) > 1:
+    problem = Problem(m, n, k)
+    _scales("a", a_scales, a_values, (m, problem.k_blocks), "per_token_cast_to_fp8")
+    _scales("b", b_scales, b_values, (ceil_div(n, 128), problem.k_blocks), "per_block_cast_to_fp8")
+    _row_major("a", a_values)
+    _row_major("b", b_values)
+    _row_major("d", d)
+    device = d.device
+    tensors = (a_values, a_scales, b_values, b_scales, d)
+    if any(x.device != device for x in tensors):
+        devices = ", ".join(sorted({str(x.device) for x in tensors}))
+        raise InvalidInputError(f"the operands are on {devices}, expected one device: move them with .to()")
+    if device.type not in ("cpu", "cuda"):
         raise InvalidInputError(
-            f"the operands are on {', '.join(sorted(map(str, devices)))}, expected one device: move them with .to()"
+            f"the operands are on {device}, expected a CUDA or the CPU device: move them with .to()"
         )
-    if a_values.device.type not in ("cpu", "cuda"):
-        raise InvalidInputError(
-            f"the operands are on {a_values.device}, expected a CUDA or the CPU device: move them with .to()"
-        )
-    return Problem(m, n, k), Operands(a_values, a_scales, b_values, b_scales, d)
+    return problem, Operands(a_values, a_scales, b_values, b_scales, d)
 
 
 def check_shape(n: int, k: int) -> None:
@@ -145,13 +142,12 @@ def _pair(name: str, pair: Pair, cast: str) -> Pair:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise InvalidInputError(f"{name} is {_kind(pair)}, expected a pair (values, scales): call {cast}({name})")
     values, scales = pair
-    _tensor(f"{name} values", values, E4M3, f"call {cast}({name})")
-    hint = (
-        "packed UE8M0 scales are for Blackwell"
-        if getattr(scales, "dtype", None) == torch.int32
-        else f"call {cast}({name})"
-    )
-    _tensor(f"{name} scales", scales, torch.float32, hint)
+    if not _is_matrix(values, E4M3):
+        raise _no_matrix(f"{name} values", values, E4M3, f"call {cast}({name})")
+    if not _is_matrix(scales, torch.float32):
+        packed = getattr(scales, "dtype", None) == torch.int32
+        remedy = "packed UE8M0 scales are for Blackwell" if packed else f"call {cast}({name})"
+        raise _no_matrix(f"{name} scales", scales, torch.float32, remedy)
     return values, scales
 
 
@@ -159,15 +155,18 @@ def _kind(x: object) -> str:
     return f"a {type(x).__name__} of {len(x)}" if isinstance(x, (tuple, list)) else f"a {type(x).__name__}"
 
 
-def _tensor(name: str, x: object, dtype: torch.dtype, remedy: str) -> None:
+def _is_matrix(x: object, dtype: torch.dtype) -> bool:
+    return isinstance(x, torch.Tensor) and x.dtype == dtype and x.dim() == 2
+
+
+def _no_matrix(name: str, x: object, dtype: torch.dtype, remedy: str) -> InvalidInputError:
     if not isinstance(x, torch.Tensor):
-        raise InvalidInputError(f"{name} is a {type(x).__name__}, expected a torch.Tensor of {dtype}: {remedy}")
+        return InvalidInputError(f"{name} is a {type(x).__name__}, expected a torch.Tensor of {dtype}: {remedy}")
     if x.dtype != dtype:
-        raise InvalidInputError(f"{name} has dtype {x.dtype}, expected {dtype}: {remedy}")
-    if x.dim() != 2:
-        raise InvalidInputError(
-            f"{name} has {x.dim()} dimensions, expected 2 for a dense GEMM: flatten the leading ones with .view()"
-        )
+        return InvalidInputError(f"{name} has dtype {x.dtype}, expected {dtype}: {remedy}")
+    return InvalidInputError(
+        f"{name} has {x.dim()} dimensions, expected 2 for a dense GEMM: flatten the leading ones with .view()"
+    )
 
 
 def _scales(name: str, scales: torch.Tensor, values: torch.Tensor, want: tuple[int, int], cast: str) -> None:

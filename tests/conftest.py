@@ -1,8 +1,14 @@
-"""What all tests share: a cache of kernels of this run's own, and no GPU tests where there is no Hopper GPU."""
+"""What all tests share: a cache of kernels of this run's own, and no GPU tests where there is no Hopper GPU.
+
+`--results FOLDER` keeps the outcome of a run on a GPU: <date>-<gpu>.json, with the machine, versions and commit.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+from collections import Counter
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -19,6 +25,30 @@ def _why_no_gpu() -> str | None:
     if (capability := torch.cuda.get_device_capability()) != (9, 0):
         return f"needs a Hopper GPU (9.0): {torch.cuda.get_device_name()} has compute capability {capability}"
     return None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", type=Path, metavar="FOLDER", help="keep the outcome of a run on a GPU there")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    folder = config.getoption("--results")
+    if folder is None or _why_no_gpu():
+        return
+    from bench.run import commit, machine, slug, versions
+
+    tests: dict[str, Counter[str]] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.getreports(outcome):
+            if outcome != "passed" or report.when == "call":
+                tests.setdefault(report.nodeid.partition("[")[0], Counter())[outcome] += 1
+    now, gpu = datetime.now(timezone.utc), machine()
+    total = sum(tests.values(), Counter())
+    about = {"time": now.isoformat(timespec="seconds"), **commit(), "machine": gpu, "versions": versions()}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{now.date()}-{slug(gpu['gpu'])}.json"
+    path.write_text(json.dumps(about | {"total": total, "tests": dict(sorted(tests.items()))}, indent=1) + "\n")
+    terminalreporter.write_line(f"{path}: {dict(total)}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

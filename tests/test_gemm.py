@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import deep_gemm
-from deep_gemm import reference
+from deep_gemm import gemm, reference
 from deep_gemm.errors import InvalidInputError, UnsupportedDeviceError
 from deep_gemm.runtime import device
 
@@ -119,3 +119,15 @@ def test_num_sms_is_set_and_restored():
     finally:
         deep_gemm.set_num_sms(None)
     assert deep_gemm.get_num_sms() == everything
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_plans_are_printed_once_where_asked_for(value, monkeypatch, capsys):
+    monkeypatch.setenv("DG_PRINT_CONFIGS", value)
+    monkeypatch.setattr(device, "current", lambda index: device.H200)
+    gemm._plan.cache_clear()
+    plans = [gemm._plan(4096, 24576, 1536, 0, None) for _ in range(2)]
+    assert plans[0] is plans[1]
+    line = f"deep_gemm: Problem(m=4096, n=24576, k=1536): {plans[0]}\n"
+    assert capsys.readouterr().err == (line if value == "1" else "")
+    gemm._plan.cache_clear()

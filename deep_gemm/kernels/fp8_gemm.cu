@@ -123,6 +123,7 @@ class Consumer {
     float partial[BANKS][CHUNK_N / 2] = {};         // what the tensor cores add up
 
     DEVICE void release(uint32_t stage) {
+        __syncwarp();
         if constexpr (CLUSTER > 1) {
             if (lane < CLUSTER) barrier_arrive_cluster(release_address + stage * sizeof(uint64_t));
         } else if (lane == 0) {

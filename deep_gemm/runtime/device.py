@@ -75,6 +75,11 @@ def set_num_sms(num_sms: int | None) -> None:
     _num_sms = num_sms
 
 
+def num_sms_set() -> int | None:
+    """What `set_num_sms` set; None for all."""
+    return _num_sms
+
+
 def get_num_sms() -> int:
     """How many SMs kernels may use: as set, else all of the current device (of an H200 where there is none)."""
     return best().num_sms if _num_sms is None else _num_sms

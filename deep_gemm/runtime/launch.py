@@ -15,10 +15,11 @@ from .. import settings
 from ..errors import LaunchError, MissingDependencyError
 from ..layout import align, ceil_div, get_mn_major_tma_aligned_tensor
 from ..plan import BLOCK_K, ENTRY, Plan, Tile
-from ..problem import Operands, Problem
+from ..problem import Operands
 from .compiler import cubin_for
 
 DEBUG_WAIT_SECONDS = 2
+MAX_LAUNCHERS = 1024  # for each thread
 
 
 class _ProblemArgs(ctypes.Structure):
@@ -49,7 +50,7 @@ class _Args(ctypes.Structure):
     ]
 
 
-def launch(plan: Plan, problem: Problem, operands: Operands) -> None:
+def launch(plan: Plan, operands: Operands) -> None:
     """Queues the kernel on the current stream of the operands' device.
 
     Raises: CompileError, LaunchError.
@@ -57,27 +58,76 @@ def launch(plan: Plan, problem: Problem, operands: Operands) -> None:
     index = operands.d.device.index
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
-            return launch(plan, problem, operands)
-    cuda = driver()
-    _bind_context(cuda, index)
-    tile = plan.tile
-    kernel = kernel_for(tile, index)
-    args = _args(cuda, plan, problem, operands)
-    parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+            return launch(plan, operands)
+    a_scales = mn_major(operands.a_scales)
+    key = (
+        plan,
+        index,
+        operands.a.stride(),
+        a_scales.stride(),
+        operands.b.stride(),
+        operands.b_scales.stride(),
+        operands.d.stride(),
+    )
+    launchers = _launchers()
+    launcher = launchers.pop(key, None) or _Launcher(plan, operands, a_scales)
+    launchers[key] = launcher
+    if len(launchers) > MAX_LAUNCHERS:
+        launchers.pop(next(iter(launchers)))
+    launcher(operands, a_scales)
 
-    config = cuda.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = plan.ctas, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = tile.threads, 1, 1
-    config.sharedMemBytes = tile.smem_bytes
-    config.hStream = cuda.CUstream(torch.cuda.current_stream(index).cuda_stream)
-    if tile.cluster > 1:
-        cluster = cuda.CUlaunchAttribute()
-        cluster.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        value = cuda.CUlaunchAttributeValue()
-        value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = tile.cluster, 1, 1
-        cluster.value = value
-        config.attrs, config.numAttrs = [cluster], 1
-    check(cuda.cuLaunchKernelEx(config, kernel, ctypes.addressof(parameters), 0), f"launching {plan}")
+
+class _Launcher:
+    """A launch with all decided but the addresses and the stream. For one thread: it changes its arguments in place."""
+
+    def __init__(self, plan: Plan, o: Operands, a_scales: torch.Tensor) -> None:
+        cuda, tile = driver(), plan.tile
+        self._replace, self._launch = cuda.cuTensorMapReplaceAddress, cuda.cuLaunchKernelEx
+        self._plan = plan
+        self._index: int = o.d.device.index
+        self._kernel = kernel_for(tile, self._index)
+        self._args = _args(cuda, plan, o, a_scales)
+        self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(self._args))
+        self._parameters_address = ctypes.addressof(self._parameters)
+        self._addresses = [x.data_ptr() for x in (o.a, o.b, a_scales, o.d)]
+        self._maps = [cuda.CUtensorMap(_ptr=ctypes.addressof(self._args) + i * 128) for i in range(4)]
+        self._config = config = cuda.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = plan.ctas, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = tile.threads, 1, 1
+        config.sharedMemBytes = tile.smem_bytes
+        if tile.cluster > 1:
+            cluster = cuda.CUlaunchAttribute()
+            cluster.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            value = cuda.CUlaunchAttributeValue()
+            value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = tile.cluster, 1, 1
+            cluster.value = value
+            config.attrs, config.numAttrs = [cluster], 1
+
+    def __call__(self, o: Operands, a_scales: torch.Tensor) -> None:
+        addresses = [o.a.data_ptr(), o.b.data_ptr(), a_scales.data_ptr(), o.d.data_ptr()]
+        if addresses != self._addresses:
+            for tensor_map, old, new in zip(self._maps, self._addresses, addresses, strict=True):
+                if old != new:
+                    check(self._replace(tensor_map, new), "moving a tensor's description")
+            self._addresses = addresses
+        self._args.problem.b_scales = o.b_scales.data_ptr()
+        self._config.hStream = torch._C._cuda_getCurrentRawStream(self._index)  # pyright: ignore
+        result = self._launch(self._config, self._kernel, self._parameters_address, 0)
+        if int(result[0]):
+            check(result, f"launching {self._plan}")
+
+
+_thread = threading.local()
+
+
+def _launchers() -> dict[Any, _Launcher]:
+    """This thread's launchers, the least recently used first."""
+    try:
+        return _thread.launchers
+    except AttributeError:
+        _bind_context()
+        _thread.launchers = {}
+        return _thread.launchers
 
 
 def driver() -> Any:
@@ -103,7 +153,6 @@ def check(result: tuple[Any, ...], doing: str) -> Any:
 
 _lock = threading.Lock()
 _kernels: dict[tuple[Tile, int, bool], Any] = {}
-_thread = threading.local()
 
 
 def kernel_for(tile: Tile, device_index: int) -> Any:
@@ -133,21 +182,18 @@ def _load(image: bytes, tile: Tile, device_index: int) -> Any:
     return cuda.CUfunction(int(kernel))
 
 
-def _bind_context(cuda: Any, device_index: int) -> None:
-    """Makes the device's primary context current in a thread that has none yet."""
-    if not getattr(_thread, "bound", False):
-        if not int(check(cuda.cuCtxGetCurrent(), "reading the current context")):
-            context = check(
-                cuda.cuDevicePrimaryCtxRetain(check(cuda.cuDeviceGet(device_index), "looking up the device")),
-                "taking the context",
-            )
-            check(cuda.cuCtxSetCurrent(context), "setting the context")
-        _thread.bound = True
+def _bind_context() -> None:
+    """Makes the current device's primary context current in a thread that has none yet."""
+    cuda = driver()
+    if not int(check(cuda.cuCtxGetCurrent(), "reading the current context")):
+        device = check(cuda.cuDeviceGet(torch.cuda.current_device()), "looking up the device")
+        context = check(cuda.cuDevicePrimaryCtxRetain(device), "taking the device's context")
+        check(cuda.cuCtxSetCurrent(context), "setting the context")
 
 
-def _args(cuda: Any, plan: Plan, problem: Problem, o: Operands) -> _Args:
-    tile, m, n, k = plan.tile, problem.m, problem.n, problem.k
-    a_scales = mn_major(o.a_scales)
+def _args(cuda: Any, plan: Plan, o: Operands, a_scales: torch.Tensor) -> _Args:
+    tile, problem = plan.tile, plan.problem
+    m, n, k = problem.m, problem.n, problem.k
     swizzles = cuda.CUtensorMapSwizzle
     swizzle_128 = swizzles.CU_TENSOR_MAP_SWIZZLE_128B
     swizzle_64, swizzle_32 = swizzles.CU_TENSOR_MAP_SWIZZLE_64B, swizzles.CU_TENSOR_MAP_SWIZZLE_32B
