@@ -14,20 +14,21 @@ from .plan import BLOCK_K, Cost, Plan, Tile, make_tile
 from .problem import Problem
 from .runtime.device import Device
 
-START_US = 2.2  # from one launch to the next
-CLUSTER_START_US = 0.65  # more, if CTAs have to start in pairs
-TENSOR_GHZ = 1.44  # the clock under load, times the share of it in which the tensor cores are busy
-CLUSTER_DRAG = 1.04  # more time where every stage waits for both CTAs of a cluster
-ONE_BANK = 1.07  # more time where one or two warpgroups have to wait for each other's promotion
+START_US = 2.6  # from one launch to the next
+CLUSTER_START_US = 0.7  # more, if CTAs have to start in pairs
+TENSOR_GHZ = 1.5  # the clock under load, times the share of it in which the tensor cores are busy
+CLUSTER_DRAG = 1.07  # more time where every stage waits for both CTAs of a cluster
+ONE_BANK = 1.12  # more time where one or two warpgroups have to wait for each other's promotion
 STRADDLE_NS = 4  # for a warpgroup to choose the scale of b, for every run of columns that is sure to share one
-SM_BYTES_PER_NS = 130  # what the copy engine brings into one SM
+SM_BYTES_PER_NS = 125  # what the copy engine brings into one SM
 L2_BYTES_PER_NS = 14_000  # what L2 delivers to all of them
-BLOCK_NS = 110  # a K block takes, however small, and
-WARPGROUP_NS = 45  # for every further warpgroup
-TILE_NS = 500  # from one tile to the next, and
-STORE_BYTES_PER_NS = 30  # to hand over the result
-MEMORY_EFFICIENCY = 0.91  # of the rate at which weights can be streamed
-SHARPNESS = 8  # of the norms that stand for "the slowest decides, and the next slowest disturbs it"
+BLOCK_NS = 105  # a K block takes, however small, and
+WARPGROUP_NS = 50  # for every further warpgroup
+TILE_NS = 600  # from one tile to the next, and
+CONVERT_BYTES_PER_NS = 45  # for a warpgroup to hand over its part of the result
+STORE_BYTES_PER_NS = 25  # of the last result, which nothing is left to hide
+MEMORY_EFFICIENCY = 0.93  # of the rate at which weights can be streamed
+SHARPNESS = 7  # of the norms that stand for "the slowest decides, and the next slowest disturbs it"
 
 
 @cache
@@ -97,13 +98,13 @@ def _cost(tile: Tile, problem: Problem, device: Device, clusters: int, waves: in
     latency = BLOCK_NS + WARPGROUP_NS * (tile.warpgroups - 1)
     straddle = 0 if n % 128 == 0 else STRADDLE_NS * tile.warpgroups * n / gcd(tile.chunk_n, 128)
     block = _norm(SHARPNESS, tensor, ingest, l2, latency) + straddle
-    per_tile = TILE_NS + m * n * 2 / STORE_BYTES_PER_NS
-    compute_us = (waves * problem.k_blocks * block + (waves - 1) * per_tile) / 1e3
+    per_tile = TILE_NS + 64 * n * 2 / CONVERT_BYTES_PER_NS
+    compute_us = waves * (problem.k_blocks * block + per_tile) / 1e3
     memory_us = problem.bytes / (MEMORY_EFFICIENCY * device.memory_gbps) / 1e3
     start_us = START_US + (CLUSTER_START_US if tile.cluster > 1 else 0)
-    # Nothing is left to hide the storing of the last tile.
-    us = start_us + _norm(SHARPNESS / 2, compute_us, memory_us) + per_tile / 1e3
-    return Cost(us, start_us, waves, block, per_tile, memory_us)
+    end_us = m * n * 2 / STORE_BYTES_PER_NS / 1e3
+    us = start_us + _norm(SHARPNESS / 2, compute_us, memory_us) + end_us
+    return Cost(us, start_us, waves, block, per_tile, memory_us, end_us)
 
 
 def _norm(p: float, *terms: float) -> float:

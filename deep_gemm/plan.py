@@ -151,11 +151,12 @@ class Cost:
     block_ns: float  # of one K block
     tile_ns: float  # of one tile besides its K blocks
     memory_us: float  # to move every operand once
+    end_us: float  # to store the last tile
 
     def __str__(self) -> str:
         return (
-            f"{self.us:.1f} us: start {self.start_us:.1f}; memory {self.memory_us:.1f} beside "
-            f"{self.waves} wave{'s' * (self.waves != 1)} of tiles, {self.block_ns:.0f} ns per K block "
+            f"{self.us:.1f} us: start {self.start_us:.1f}, end {self.end_us:.1f}, memory {self.memory_us:.1f} beside "
+            f"{self.waves} wave{'s' * (self.waves != 1)} of tiles: {self.block_ns:.0f} ns per K block "
             f"and {self.tile_ns:.0f} ns per tile"
         )
 

@@ -86,7 +86,13 @@ _TABLE = {
     setting.name: setting
     for setting in (
         Setting("DG_JIT_CACHE_DIR", ("DG_CACHE_DIR",), _folder, "~/.deep_gemm", "where compiled kernels are kept"),
-        Setting("DG_JIT_DEBUG", (), _flag, "0", "say on stderr what is compiled, how long it takes, hits and misses"),
+        Setting(
+            "DG_JIT_DEBUG",
+            (),
+            _flag,
+            "0",
+            "say on stderr what is compiled, how long it takes, hits and misses; limit the time kernels wait",
+        ),
         Setting("DG_PRINT_CONFIGS", (), _flag, "0", "print the plan chosen for each new problem"),
         Setting("DG_JIT_USE_NVRTC", (), _flag, "1", "compile with NVRTC; 0: with nvcc from PATH or CUDA_HOME"),
         Setting("DG_JIT_NVCC_COMPILER", ("DG_NVCC_COMPILER",), _program, "", "the nvcc to use instead of NVRTC"),

@@ -122,8 +122,8 @@ class Consumer {
     Pipeline pipe;
     float partial[BANKS][CHUNK_N / 2] = {};         // what the tensor cores add up
 
+    // Tells the producers that this warp is done with a stage: lane 0 that of its own CTA, lane 1 the other one of the cluster.
     DEVICE void release(uint32_t stage) {
-        __syncwarp();
         if constexpr (CLUSTER > 1) {
             if (lane < CLUSTER) barrier_arrive_cluster(release_address + stage * sizeof(uint64_t));
         } else if (lane == 0) {
@@ -142,10 +142,12 @@ class Consumer {
         wgmma_commit();
     }
 
+    // Lane 0 reads the scales of b for its warp, since it is the one that releases the stage: so racecheck can follow the order.
     DEVICE Scales load_scales(uint32_t stage) const {
         Scales scales{{smem.a_scales[stage][row], smem.a_scales[stage][row + 8]}, {}};
 #pragma unroll
-        for (int i = 0; i < B_SCALES; ++i) scales.b[i] = smem.b_scales[stage][i];
+        for (int i = 0; i < B_SCALES; ++i) scales.b[i] = __shfl_sync(~0u, lane == 0 ? smem.b_scales[stage][i] : 0, 0);
+        __syncwarp();
         return scales;
     }
 
@@ -153,7 +155,7 @@ public:
     DEVICE explicit Consumer(SharedStorage& storage) : smem(storage) {
         warp = warp_index(), lane = threadIdx.x % 32, row = warp * 16 + lane / 4;
         release_address = shared_address(smem.empty);
-        if constexpr (CLUSTER > 1) release_address = cluster_address(release_address, lane % CLUSTER);
+        if constexpr (CLUSTER > 1) release_address = cluster_address(release_address, cluster_rank() ^ lane % CLUSTER);
     }
 
     // Multiplies and promotes BLOCKS K blocks. With two banks a chunk is promoted while the next one is in the tensor cores; the
@@ -166,15 +168,18 @@ public:
             stages[block] = pipe.stage;
             wait(smem.full[pipe.stage], pipe.phase);
             pipe.advance();
-            scales[block] = load_scales(stages[block]);
         };
         receive(0);
 #pragma unroll
         for (int i = 0; i < STEPS + BANKS - 1; ++i) {
             const int block = i / CHUNKS, chunk = i % CHUNKS;
             if (i < STEPS) multiply(partial[i % BANKS], stages[block], chunk);
-            // Here how long it takes hides behind the wait that follows.
-            if (chunk == CHUNKS - 1 && block + 1 < BLOCKS) receive(block + 1);
+            // The next stage and its scales: how long they take hides behind the wait that follows.
+            if (i == 0) scales[0] = load_scales(stages[0]);
+            if (chunk == CHUNKS - 1 && block + 1 < BLOCKS) {
+                receive(block + 1);
+                scales[block + 1] = load_scales(stages[block + 1]);
+            }
             const int done = i - (BANKS - 1);       // the chunk to promote, one behind if there are two banks
             if (done < 0) continue;
             if (BANKS == 2 && i < STEPS) wgmma_wait<1>();
