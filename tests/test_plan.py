@@ -2,6 +2,7 @@
 
 import json
 import random
+import statistics
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,22 @@ def test_ranking_starts_with_the_choice():
     ranked = heuristics.ranked(problem, H200)
     assert ranked[0].tile == heuristics.choose(problem, H200).tile
     assert [p.cost.us for p in ranked] == sorted(p.cost.us for p in ranked)
+
+
+def test_choices_hold_against_a_sweep():
+    """What the chosen tiles took on an H200, beside the fastest of all, and beside what the model foretold."""
+    sweep = json.loads((GOLDEN.parent / "sweep_h200.json").read_text())
+    behind, off = [], []
+    for row in sweep["rows"]:
+        us = dict(zip(sweep["tiles"], row["us"], strict=True))
+        chosen = heuristics.choose(Problem(*row["shape"]), H200)
+        taken = us[chosen.tile.name]
+        behind.append(taken / min(t for t in us.values() if t))
+        off.append(abs(chosen.cost.us / taken - 1))
+    assert statistics.median(behind) == 1
+    assert statistics.mean(behind) < 1.01
+    assert max(behind) < 1.12
+    assert statistics.median(off) < 0.04
 
 
 def test_a_band_keeps_the_reads_of_a_wave_small():
