@@ -7,6 +7,7 @@ from functools import cache
 from math import gcd
 from pathlib import Path
 
+from .layout import align
 from .problem import Problem
 from .runtime.compiler import Source
 
@@ -27,10 +28,6 @@ WIDE = {
     240: (48, 2),
     256: (64, 2),
 }
-
-
-def _align(x: int, to: int) -> int:
-    return -(-x // to) * to
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class Tile:
         result = self.block_m * self.block_n * 2
         operands = (self.block_m + self.block_n) * BLOCK_K * self.stages
         size = operands + result + self.stages * (self.block_m * 4 + 16 + 2 * 8) + 2 * 8
-        return _align(size, 1024)
+        return align(size, 1024)
 
     @property
     def name(self) -> str:
