@@ -212,7 +212,7 @@ def _why_not(name: str, n: int, k: int, dtype: str, scales: tuple[int, ...] | No
     if n == 0:
         return "it is empty"
     try:
-        check_shape(n, k)
+        check_shape(1, n, k)
     except InvalidInputError as misfit:
         return str(misfit).partition(":")[0]
     if dtype == "F8_E4M3":
@@ -415,7 +415,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    check_shape(args.n, args.k)
+    check_shape(args.m, args.n, args.k)
     device = devices.current() if args.device == "current" else devices.H200
     device.require_hopper()
     if args.sms and args.sms > device.num_sms:

@@ -35,7 +35,8 @@ def fp8_gemm_nt(
             `get_mn_major_tma_aligned_tensor` makes them, are used in place.
         b: (values E4M3 [N, K], scales FP32 [ceil(N / 128), ceil(K / 128)]): one scale per 128x128. Values K-major; N a
             multiple of 8. Scales with any strides.
-        d: BF16 [M, N], inner stride 1, row stride a multiple of 8. The caller owns it; nothing else is written.
+        d: BF16 [M, N], inner stride 1, row stride a multiple of 8. The caller owns it; nothing else is written. It may
+            not overlap another operand. Autograd sees none of this.
         c, recipe, recipe_a, recipe_b: None, or what goes with block scales: recipe (1, 128, 128).
         compiled_dims: taken for compatibility; a kernel serves every M, N and K.
         disable_ue8m0_cast: taken for compatibility; Hopper multiplies with the FP32 scales as they are.
@@ -45,7 +46,10 @@ def fp8_gemm_nt(
 
     Raises:
         InvalidInputError: an operand that does not fit, before anything is launched.
+        NotImplementedError: recipe (1, 1, 128).
         UnsupportedDeviceError: a GPU that is not Hopper.
+        MissingDependencyError: a CUDA package that is not installed, with the command that brings it.
+        CompileError, LaunchError: what the compiler or the driver refuses.
 
     Source: block scales and two-level accumulation as in the DeepSeek-V3 report (arXiv 2412.19437), section 3.5.2.
     """

@@ -84,8 +84,18 @@ def plan_for(tile: Tile, problem: Problem, device: Device, num_sms: int) -> Plan
 def _band(tile: Tile, rows: int, columns: int, clusters: int) -> int:
     """The height of a band for which the tiles in flight at one time read the fewest rows of a and of b."""
     height, width = tile.block_m * tile.cluster_m, tile.block_n * tile.cluster_n
-    evenly = {ceil_div(rows, bands) for bands in range(1, rows + 1)}
-    return min(evenly, key=lambda band: (band * height + min(ceil_div(clusters, band), columns) * width, band))
+    return min(
+        _even_heights(rows), key=lambda band: (band * height + min(ceil_div(clusters, band), columns) * width, band)
+    )
+
+
+def _even_heights(rows: int) -> Iterator[int]:
+    """ceil(rows / bands) for every number of bands, each height once: about 2 sqrt(rows) of them."""
+    height = rows
+    while height > 1:
+        yield height
+        height = ceil_div(rows, ceil_div(rows, height - 1))
+    yield height
 
 
 def _cost(tile: Tile, problem: Problem, device: Device, clusters: int, waves: int) -> Cost:

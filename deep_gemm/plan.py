@@ -10,11 +10,11 @@ from pathlib import Path
 from .layout import align
 from .problem import Problem
 from .runtime.compiler import Source
+from .runtime.device import MAX_SMEM_BYTES
 
 BLOCK_K = 128
 WARPGROUP = 128  # threads
 MAX_STAGES = 20
-SMEM_BYTES = 232448  # what one block can have on sm_90
 ENTRY = "fp8_gemm"
 
 # chunk_n and banks where one wgmma of the tile's width would leave too few registers for a second bank
@@ -75,6 +75,11 @@ class Tile:
         return self.block_n // 2 + self.banks * self.chunk_n // 2
 
     @property
+    def registers(self) -> tuple[int, int]:
+        """What setmaxnreg leaves a consumer thread and one of the last warpgroup; a single consumer group needs none."""
+        return (240, 24) if self.accumulators == 192 else (160, 32) if self.warpgroups == 3 else (232, 40)
+
+    @property
     def smem_bytes(self) -> int:
         """The size of the kernel's SharedStorage, which asserts it."""
         result = self.block_m * self.block_n * 2
@@ -89,7 +94,7 @@ class Tile:
 
     def render(self, wait_limit: int = 0) -> str:
         """The text of config.cuh. `wait_limit`: about how many seconds a barrier may be waited for, 0 for ever."""
-        consumer, producer = (240, 24) if self.accumulators == 192 else (160, 32) if self.warpgroups == 3 else (232, 40)
+        consumer, producer = self.registers
         constants = {f.name: getattr(self, f.name) for f in fields(self)} | {
             "warpgroups": self.warpgroups,
             "smem_bytes": self.smem_bytes,
@@ -196,4 +201,4 @@ def make_tile(block_m: int, block_n: int, cluster_m: int = 1, cluster_n: int = 1
     def tile(stages: int) -> Tile:
         return Tile(block_m, block_n, chunk_n, banks, unroll, stages, cluster_m, cluster_n)
 
-    return tile(max(s for s in range(1, MAX_STAGES + 1) if tile(s).smem_bytes <= SMEM_BYTES))
+    return tile(max(s for s in range(1, MAX_STAGES + 1) if tile(s).smem_bytes <= MAX_SMEM_BYTES))

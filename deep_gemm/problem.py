@@ -69,7 +69,7 @@ def dense(a: Pair, b: Pair, d: torch.Tensor) -> tuple[Problem, Operands]:
         )
     if d.shape != (m, n):
         raise InvalidInputError(f"d has shape {_shape(d)}, expected ({m}, {n}), M of a and N of b")
-    check_shape(n, k)
+    check_shape(m, n, k)
     problem = Problem(m, n, k)
     _scales("a", a_scales, a_values, (m, problem.k_blocks), "per_token_cast_to_fp8")
     _scales("b", b_scales, b_values, (ceil_div(n, 128), problem.k_blocks), "per_block_cast_to_fp8")
@@ -88,11 +88,13 @@ def dense(a: Pair, b: Pair, d: torch.Tensor) -> tuple[Problem, Operands]:
     return problem, Operands(a_values, a_scales, b_values, b_scales, d)
 
 
-def check_shape(n: int, k: int) -> None:
-    """Checks what the copy engine and the tensor cores ask of N and K; any M will do.
+def check_shape(m: int, n: int, k: int) -> None:
+    """Checks what the copy engine and the tensor cores ask of M, N and K.
 
     Raises: InvalidInputError.
     """
+    if max(m, n, k) >= 2**31:
+        raise InvalidInputError(f"M, N, K are {m}, {n}, {k}, expected less than 2^31 each: multiply in parts")
     if n % 8:
         raise InvalidInputError(f"N is {n}, expected a multiple of 8: pad b, its scales and d, and slice the result")
     if k == 0 or k % 16:
@@ -110,7 +112,7 @@ def check_options(
 
     Raises: InvalidInputError; NotImplementedError for recipe (1, 1, 128).
     """
-    if recipe is not None and tuple(recipe) == (1, 1, 128):
+    if isinstance(recipe, Sequence) and tuple(recipe) == (1, 1, 128):
         raise NotImplementedError(
             "recipe (1, 1, 128), FP32 output with per-token scales on both sides, is not offered yet"
         )
@@ -119,15 +121,13 @@ def check_options(
         ("recipe_a", recipe_a, (1, 128)),
         ("recipe_b", recipe_b, (128, 128)),
     ):
-        if got is not None and tuple(got) != want:
-            raise InvalidInputError(
-                f"{name} is {tuple(got)}, expected {want} or None: quantise a per 1x128 and b per 128x128"
-            )
+        if got is not None and not (isinstance(got, Sequence) and tuple(got) == want):
+            raise InvalidInputError(f"{name} is {got}, expected {want} or None: quantise a per 1x128 and b per 128x128")
     if c is not None:
         raise InvalidInputError(
             "c was given, expected None: with block scales nothing is accumulated into d; add c afterwards"
         )
-    if not set(compiled_dims) <= set("mnk"):
+    if not isinstance(compiled_dims, str) or not set(compiled_dims) <= set("mnk"):
         raise InvalidInputError(
             f"compiled_dims is {compiled_dims!r}, expected letters out of 'mnk': "
             "it is a hint, and one kernel serves every shape"
@@ -181,20 +181,21 @@ def _row_major(name: str, x: torch.Tensor) -> None:
     """What the copy engine asks for: inner stride 1, rows and base on 16 bytes, rows that do not overlap."""
     rows, columns = x.shape
     inner, outer = x.stride(1), x.stride(0)
-    if columns > 1 and inner != 1:
-        raise InvalidInputError(
-            f"{name} has strides {tuple(x.stride())}, expected inner stride 1 "
-            "(Hopper's FP8 tensor cores read K-major operands only): "
-            f"call .contiguous()"
-        )
     unit = 16 // x.element_size()
-    if rows > 1 and (outer % unit or outer < columns):
-        raise InvalidInputError(
-            f"{name} has row stride {outer}, expected a multiple of {unit} elements (16 bytes), at least {columns}: "
-            "call .contiguous()"
-        )
+    if columns > 1 and inner != 1:
+        why = "" if name == "d" else " (Hopper's FP8 tensor cores read K-major operands only)"
+        raise _misplaced(x, f"{name} has strides {tuple(x.stride())}, expected inner stride 1{why}")
+    if rows > 1 and columns > 0 and (outer % unit or outer < columns):
+        want = f"a multiple of {unit} elements (16 bytes), at least {columns}"
+        raise _misplaced(x, f"{name} has row stride {outer}, expected {want}")
     if x.data_ptr() % 16:
-        raise InvalidInputError(
-            f"{name} starts at an address that is {x.data_ptr() % 16} bytes past a multiple of 16, "
-            "expected 16-byte alignment: call .clone()"
-        )
+        got = f"an address that is {x.data_ptr() % 16} bytes past a multiple of 16"
+        raise _misplaced(x, f"{name} starts at {got}, expected 16-byte alignment")
+
+
+def _misplaced(x: torch.Tensor, complaint: str) -> InvalidInputError:
+    if x.dtype == E4M3:
+        remedy = "pass a copy, x.clone(memory_format=torch.contiguous_format), or of x.t() in the transposed forms"
+    else:
+        remedy = f"allocate it with torch.empty({tuple(x.shape)}, dtype={x.dtype})"
+    return InvalidInputError(f"{complaint}: {remedy}")

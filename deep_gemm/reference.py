@@ -53,6 +53,7 @@ def fp8_gemm_nt_per_column_scales(
     return _with_one_nan(result)
 
 
+@torch.no_grad()
 def run(
     a: torch.Tensor,
     a_scales: torch.Tensor,

@@ -110,7 +110,13 @@ _TABLE = {
         Setting("DG_JIT_DUMP_PTX", (), _flag, "0", "keep the PTX beside the cubin"),
         Setting("DG_JIT_DUMP_SASS", (), _flag, "0", "keep the SASS beside the cubin; needs nvdisasm"),
         Setting("DG_JIT_PRINT_LOAD_TIME", (), _flag, "0", "print how long the driver takes to load each kernel"),
-        Setting("DG_USE_NVIDIA_TOOLS", (), _flag, "0", "a profiler of NVIDIA is attached: start none of our own"),
+        Setting(
+            "DG_USE_NVIDIA_TOOLS",
+            (),
+            _flag,
+            "0",
+            "taken for compatibility; we start no profiler that one of NVIDIA could disturb",
+        ),
         Setting("CUDA_HOME", ("CUDA_PATH",), _folder, "/usr/local/cuda", "the CUDA toolkit, where one is needed"),
     )
 }

@@ -1,5 +1,7 @@
 """The public calls on CPU tensors: forms, strides, names, empty problems, devices that are not Hopper."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -83,6 +85,7 @@ def test_empty_problems_return(m, n):
     a, b, d = operands(max(m, 1), max(n, 8), 128)
     a, b = (a[0][:m], a[1][:m]), (b[0][:n], b[1][: deep_gemm.ceil_div(n, 128)])
     deep_gemm.fp8_gemm_nt(a, b, d[:m, :n])
+    deep_gemm.fp8_gemm_nt(a, b, torch.empty(m, n, dtype=torch.bfloat16))
 
 
 def test_rows_have_the_same_bits_for_every_m():
@@ -98,7 +101,7 @@ def test_rows_have_the_same_bits_for_every_m():
 
 @pytest.mark.parametrize(("capability", "age"), [((8, 9), "older"), ((10, 0), "newer")])
 def test_other_gpus_are_told(capability, age):
-    gpu = device.Device("NVIDIA Test", capability, 100, 1 << 17, 1 << 25, 2000)
+    gpu = device.Device("NVIDIA Test", capability, 100, 1 << 17, 2000)
     with pytest.raises(
         UnsupportedDeviceError,
         match=f"NVIDIA Test has compute capability {capability[0]}.{capability[1]}, {age} than Hopper",
@@ -107,12 +110,40 @@ def test_other_gpus_are_told(capability, age):
     device.H200.require_hopper()
 
 
+def test_autograd_sees_nothing():
+    a, b, d = operands(9, 16, 128)
+    want = expected(a, b)
+    a, b, d = (a[0], a[1].requires_grad_()), (b[0], torch.nn.Parameter(b[1])), d.requires_grad_()
+    deep_gemm.fp8_gemm_nt(a, b, d)
+    assert d.grad_fn is None
+    assert equal(d.detach(), want)
+
+
+def test_the_current_device_is_looked_up_every_time(monkeypatch):
+    chips = [SimpleNamespace(name=f"NVIDIA {n}", major=9, minor=0, multi_processor_count=n,
+                             shared_memory_per_block_optin=232448) for n in (132, 78)]  # fmt: skip
+    now = [0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: chips[index])
+    device._describe.cache_clear()
+    try:
+        assert deep_gemm.get_num_sms() == 132
+        now[0] = 1
+        assert deep_gemm.get_num_sms() == device.current().num_sms == 78
+        assert device.current(0).num_sms == 132
+        with pytest.raises(InvalidInputError, match="num_sms is 100, expected 1 to 78, the SMs of NVIDIA 78"):
+            deep_gemm.set_num_sms(100)
+    finally:
+        device._describe.cache_clear()
+
+
 def test_num_sms_is_set_and_restored():
     everything = deep_gemm.get_num_sms()
     try:
         deep_gemm.set_num_sms(77)
         assert deep_gemm.get_num_sms() == 77
-        for wrong in (0, -1, 100_000):
+        for wrong in (0, -1, 100_000, 77.5, True, "8"):
             with pytest.raises(InvalidInputError, match=f"num_sms is {wrong}, expected 1 to {everything}"):
                 deep_gemm.set_num_sms(wrong)
         assert deep_gemm.get_num_sms() == 77

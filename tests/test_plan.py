@@ -30,6 +30,10 @@ def test_every_tile_compiles_clean(wait_limit):
         assert info.ffma == tile.block_n // 2 * sum(loops), tile
         assert info.local_bytes == info.local_loads == info.local_stores == 0, tile
         assert info.registers * tile.threads <= 65536, tile
+        assert info.setmaxnreg == (2 if tile.warpgroups > 1 else 0), tile
+        if tile.warpgroups > 1:  # what one branch takes, the other must have given
+            consumer, producer = tile.registers
+            assert 128 * (consumer * tile.warpgroups + producer) <= info.registers * tile.threads, tile
 
 
 def test_tiles_are_distinct_and_fit():

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 import deep_gemm
+from deep_gemm import problem
 from deep_gemm.errors import InvalidInputError
 
 M, N, K = 24, 136, 272
 E4M3 = torch.float8_e4m3fn
+COPY = "pass a copy, x.clone(memory_format=torch.contiguous_format), or of x.t() in the transposed forms"
+FRESH = "allocate it with torch.empty((24, 136), dtype=torch.bfloat16)"
 
 
 def good(m=M, n=N, k=K, device="cpu"):
@@ -55,14 +58,14 @@ def bad_cases():
         "a scales have shape (24, 2), expected (24, 3) for a of shape (24, 272): call per_token_cast_to_fp8(a)": ((av, asc[:, :2]), b, d),
         "b scales have shape (136, 3), expected (2, 3) for b of shape (136, 272): call per_block_cast_to_fp8(b)": (
             a, (bv, torch.ones(136, 3)), d),
-        "a has strides (1, 24), expected inner stride 1 (Hopper's FP8 tensor cores read K-major operands only): call .contiguous()": (
+        "a has strides (1, 24), expected inner stride 1 (Hopper's FP8 tensor cores read K-major operands only): " + COPY: (
             (av.t().contiguous().t(), asc), b, d),
-        "b has row stride 280, expected a multiple of 16 elements (16 bytes), at least 272: call .contiguous()": (a, (wide(bv, 8), bsc), d),
-        "a has row stride 0, expected a multiple of 16 elements (16 bytes), at least 272: call .contiguous()": (
+        "b has row stride 280, expected a multiple of 16 elements (16 bytes), at least 272: " + COPY: (a, (wide(bv, 8), bsc), d),
+        "a has row stride 0, expected a multiple of 16 elements (16 bytes), at least 272: " + COPY: (
             (av[:1].expand(24, K), asc), b, d),
-        "d has row stride 140, expected a multiple of 8 elements (16 bytes), at least 136: call .contiguous()": (a, b, wide(d, 4)),
-        "d starts at an address that is 2 bytes past a multiple of 16, expected 16-byte alignment: call .clone()": (a, b, misaligned(d)),
-        "a starts at an address that is 1 bytes past a multiple of 16, expected 16-byte alignment: call .clone()": ((misaligned(av), asc), b, d),
+        "d has row stride 140, expected a multiple of 8 elements (16 bytes), at least 136: " + FRESH: (a, b, wide(d, 4)),
+        "d starts at an address that is 2 bytes past a multiple of 16, expected 16-byte alignment: " + FRESH: (a, b, misaligned(d)),
+        "a starts at an address that is 1 bytes past a multiple of 16, expected 16-byte alignment: " + COPY: ((misaligned(av), asc), b, d),
         "the operands are on cpu, meta, expected one device: move them with .to()": (a, b, d.to("meta")),
         "the operands are on meta, expected a CUDA or the CPU device: move them with .to()": good(device="meta"),
     }  # fmt: skip
@@ -108,6 +111,16 @@ def test_rejected(a, b, d, message):
             "recipe_b is (1, 128), expected (128, 128) or None: quantise a per 1x128 and b per 128x128",
         ),
         (
+            {"recipe": 128},
+            InvalidInputError,
+            "recipe is 128, expected (1, 128, 128) or None: quantise a per 1x128 and b per 128x128",
+        ),
+        (
+            {"compiled_dims": None},
+            InvalidInputError,
+            "compiled_dims is None, expected letters out of 'mnk': it is a hint, and one kernel serves every shape",
+        ),
+        (
             {"compiled_dims": "xy"},
             InvalidInputError,
             "compiled_dims is 'xy', expected letters out of 'mnk': it is a hint, and one kernel serves every shape",
@@ -135,6 +148,27 @@ def test_options_rejected(options, error, message):
 def test_options_accepted(options):
     a, b, d = good()
     deep_gemm.fp8_gemm_nt(a, b, d, disable_ue8m0_cast=True, **options)
+    assert (d == K).all()
+
+
+def test_dimensions_that_the_copy_engine_cannot_count_are_rejected():
+    for shape in ((2**31, 8, 16), (1, 2**31, 16), (1, 8, 2**31)):
+        with pytest.raises(InvalidInputError, match=r"expected less than 2\^31 each: multiply in parts"):
+            problem.check_shape(*shape)
+    problem.check_shape(2**31 - 1, 2**31 - 8, 2**31 - 16)
+
+
+def test_remedies_help():
+    """What a message says to do is done, and the call works."""
+    a, b, d = good()
+    for wrong in (misaligned(a[0]), a[0][:1].expand(24, K), a[0].t().contiguous().t(), wide(a[0], 8)):
+        with pytest.raises(InvalidInputError, match="pass a copy"):
+            deep_gemm.fp8_gemm_nt((wrong, a[1]), b, d)
+        deep_gemm.fp8_gemm_nt((wrong.clone(memory_format=torch.contiguous_format), a[1]), b, d)
+    wrong = b[0].t().contiguous()
+    with pytest.raises(InvalidInputError, match="or of x.t"):
+        deep_gemm.fp8_gemm_nn(a, (wrong, b[1].t()), d)
+    deep_gemm.fp8_gemm_nn(a, (wrong.t().clone(memory_format=torch.contiguous_format).t(), b[1].t()), d)
     assert (d == K).all()
 
 

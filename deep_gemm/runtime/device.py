@@ -10,6 +10,7 @@ import torch
 from ..errors import InvalidInputError, UnsupportedDeviceError
 
 HOPPER = (9, 0)
+MAX_SMEM_BYTES = 232448  # what one block can have on sm_90
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,6 @@ class Device:
     capability: tuple[int, int]
     num_sms: int
     smem_bytes: int  # of shared memory, for one block
-    l2_bytes: int
     memory_gbps: float  # bytes of weights that a kernel can stream, in GB/s
 
     def require_hopper(self) -> None:
@@ -34,10 +34,9 @@ class Device:
             )
 
 
-H200 = Device("NVIDIA H200", HOPPER, num_sms=132, smem_bytes=232448, l2_bytes=60 << 20, memory_gbps=4400)
+H200 = Device("NVIDIA H200", HOPPER, num_sms=132, smem_bytes=MAX_SMEM_BYTES, memory_gbps=4400)
 
 
-@cache
 def current(index: int | None = None) -> Device:
     """The CUDA device of that index (the current one if None).
 
@@ -47,11 +46,14 @@ def current(index: int | None = None) -> Device:
         raise UnsupportedDeviceError(
             "PyTorch sees no CUDA device: use CPU tensors, or see what `python -m deep_gemm doctor` says"
         )
-    p = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    return _describe(torch.cuda.current_device() if index is None else index)
+
+
+@cache
+def _describe(index: int) -> Device:
+    p = torch.cuda.get_device_properties(index)
     bandwidth = H200.memory_gbps if "H200" in p.name else 3000
-    return Device(
-        p.name, (p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin, p.L2_cache_size, bandwidth
-    )
+    return Device(p.name, (p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin, bandwidth)
 
 
 def best() -> Device:
@@ -65,10 +67,11 @@ _num_sms: int | None = None
 def set_num_sms(num_sms: int | None) -> None:
     """Limits the kernels to that many SMs (None: all), so that others can run beside them.
 
-    Raises: InvalidInputError if it is not between 1 and the number of SMs of the current device.
+    Raises: InvalidInputError if it is no whole number between 1 and the number of SMs of the current device.
     """
     global _num_sms
-    if num_sms is not None and not 1 <= num_sms <= best().num_sms:
+    whole = isinstance(num_sms, int) and not isinstance(num_sms, bool)
+    if num_sms is not None and not (whole and 1 <= num_sms <= best().num_sms):
         raise InvalidInputError(
             f"num_sms is {num_sms}, expected 1 to {best().num_sms}, the SMs of {best().name}, or None for all"
         )
