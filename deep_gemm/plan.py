@@ -76,7 +76,7 @@ class Tile:
 
     @property
     def registers(self) -> tuple[int, int]:
-        """What setmaxnreg leaves a consumer thread and one of the last warpgroup; a single consumer group needs none."""
+        """What setmaxnreg leaves a consumer thread and one of the last warpgroup; a sole consumer group needs none."""
         return (240, 24) if self.accumulators == 192 else (160, 32) if self.warpgroups == 3 else (232, 40)
 
     @property

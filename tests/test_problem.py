@@ -166,7 +166,7 @@ def test_remedies_help():
             deep_gemm.fp8_gemm_nt((wrong, a[1]), b, d)
         deep_gemm.fp8_gemm_nt((wrong.clone(memory_format=torch.contiguous_format), a[1]), b, d)
     wrong = b[0].t().contiguous()
-    with pytest.raises(InvalidInputError, match="or of x.t"):
+    with pytest.raises(InvalidInputError, match="in the transposed forms"):
         deep_gemm.fp8_gemm_nn(a, (wrong, b[1].t()), d)
     deep_gemm.fp8_gemm_nn(a, (wrong.t().clone(memory_format=torch.contiguous_format).t(), b[1].t()), d)
     assert (d == K).all()
