@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -100,14 +101,17 @@ def table_of(path: Path) -> str:
     return render(json.loads(path.read_text()), path.resolve().relative_to(ROOT).as_posix())
 
 
-def main(argv: Sequence[str]) -> int:
-    path = Path(argv[0]) if argv else newest()
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("bench.table", description="Writes the README's speed table from a results file.")
+    parser.add_argument("file", type=Path, nargs="?", help=f"a file in {RESULTS} (default: the newest)")
+    path: Path | None = parser.parse_args(argv).file or newest()
     if path is None:
-        print(f"table: no results in {RESULTS}: run `make bench` on a Hopper GPU", file=sys.stderr)
-        return 1
+        parser.error(f"no results in {RESULTS}: run `make bench` on a Hopper GPU")
+    if not (path.is_file() and path.resolve().is_relative_to(ROOT)):
+        parser.error(f"{path} is no file below {ROOT}")
     README.write_text(replace(README.read_text(), table_of(path)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -45,6 +45,7 @@ LAYERS = (
 )
 DEFAULT_M = {"cuda": 4096, "cpu": 64}
 CHECKED_ROWS, CHECKED_COLUMNS = 16, 128
+PLAIN = ("BF16", "F16", "F32")  # dtypes of a checkpoint that are quantised, and that scales may have
 
 Weight = tuple[torch.Tensor, torch.Tensor]
 
@@ -185,18 +186,20 @@ def _checkpoint(path: Path, limit: int) -> Iterator[Layer]:
         file: Any = safe_open(path, framework="pt")
     except SafetensorError as error:
         raise InvalidInputError(f"--weights is {path}, expected a safetensors file: {error}") from error
-    names = set(file.keys())
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(names)}
+    slices = {name: file.get_slice(name) for name in sorted(file.keys())}
+    shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+    dtypes = {name: str(tensor.get_dtype()) for name, tensor in slices.items()}
     weights = {name: shape for name, shape in shapes.items() if len(shape) == 2 and not name.endswith("_scale_inv")}
     fitting = 0
     for name, (n, k) in weights.items():
-        dtype, scales = file.get_slice(name).get_dtype(), f"{name}_scale_inv"
-        if reason := _why_not(name, n, k, dtype, shapes.get(scales)):
-            print(f"{name} [{n}, {k}] {dtype}: left out, {reason}")
+        scales = f"{name}_scale_inv"
+        shown = name if name.isascii() and name.isprintable() else ascii(name)
+        if reason := _why_not(name, n, k, dtypes[name], shapes.get(scales), dtypes.get(scales)):
+            print(f"{shown} [{n}, {k}] {dtypes[name]}: left out, {reason}")
             continue
         fitting += 1
         if fitting <= limit:
-            yield Layer(name, n, k, lambda device, name=name: _load(file, name, device))
+            yield Layer(shown, n, k, lambda device, name=name: _load(file, name, device))
     if fitting > limit:
         print(f"{fitting - limit} more weights fit: raise --limit {limit} to multiply them")
     if not fitting:
@@ -205,7 +208,9 @@ def _checkpoint(path: Path, limit: int) -> Iterator[Layer]:
         )
 
 
-def _why_not(name: str, n: int, k: int, dtype: str, scales: tuple[int, ...] | None) -> str | None:
+def _why_not(
+    name: str, n: int, k: int, dtype: str, scales: tuple[int, ...] | None, scales_dtype: str | None
+) -> str | None:
     """Why a weight cannot be multiplied; None if it can."""
     if "embed" in name:
         return "an embedding is a table, and is not multiplied"
@@ -217,8 +222,10 @@ def _why_not(name: str, n: int, k: int, dtype: str, scales: tuple[int, ...] | No
         return str(misfit).partition(":")[0]
     if dtype == "F8_E4M3":
         want = (ceil_div(n, 128), ceil_div(k, 128))
-        return None if scales == want else f"its _scale_inv has shape {scales}, expected {want}"
-    return None if dtype in ("BF16", "F16", "F32") else "neither BF16, F16, F32 nor F8_E4M3"
+        if scales != want:
+            return f"its _scale_inv has shape {scales}, expected {want}"
+        return None if scales_dtype in PLAIN else f"its _scale_inv is {scales_dtype}, expected {' or '.join(PLAIN)}"
+    return None if dtype in PLAIN else f"neither F8_E4M3 nor {', '.join(PLAIN)}"
 
 
 def _load(file: Any, name: str, device: torch.device) -> Weight:
@@ -245,6 +252,7 @@ def _multiply(layer: Layer, m: int, device: torch.device) -> tuple[str, bool]:
     speed = f"{problem.flop / us / 1e6:.3g} TFLOPS" if compute_bound else f"{problem.bytes / us / 1e3:.0f} GB/s"
     duration = f"{us:.1f} us" if us < 1e4 else f"{us / 1e3:.0f} ms"
     verdict = f"{outside} of {checked} OUTSIDE the bound" if outside else f"{checked} within the bound"
+    verdict = verdict if checked else "not checked: not finite in BF16"
     row = f"{m:6d} {layer.n:6d} {layer.k:6d}   {device.type:6} {duration:>11} {speed:>12} {error:8.1e}  {verdict}"
     return row, not outside
 
@@ -270,7 +278,7 @@ def _check(a: Weight, b: Weight, d: torch.Tensor) -> tuple[float, int, int]:
     """Holds all columns of some rows and all rows of some columns against float64.
 
     Returns the relative error (norm of the difference over the norm), how many elements were checked, and how many of
-    them are further away than the bound of docs/numerics.md.
+    them are further away than the bound of docs/numerics.md, which says nothing of what is not finite in BF16.
     """
     (m, n), exact = d.shape, d.device.type == "cuda"
     rows = torch.randperm(m)[:CHECKED_ROWS].to(d.device)
@@ -281,7 +289,9 @@ def _check(a: Weight, b: Weight, d: torch.Tensor) -> tuple[float, int, int]:
     checked = outside = 0
     for x, y, got in ((few_rows, b, d[rows]), (a, (b[0][columns], b[1][block]), d[:, columns])):
         truth, bound = reference.truth_and_bound(*x, *y, exact=exact)
-        distance = (got.double() - truth).abs()
+        finite = truth.abs() + bound < torch.finfo(torch.bfloat16).max
+        truth, bound = truth[finite], bound[finite]
+        distance = (got[finite].double() - truth).abs()
         outside += int((~(distance <= reference.bf16_bound(truth, bound))).sum())  # NaN is outside
         checked += distance.numel()
         wrong += float(distance.square().sum())
@@ -392,10 +402,13 @@ def _find_cache() -> Finding:
         folder = settings.get("DG_JIT_CACHE_DIR")
     except InvalidInputError as error:
         return Finding("cache", _first_line(error), "set DG_JIT_CACHE_DIR")
-    entries = [manifest.parent for manifest in folder.glob("*/manifest.json")]
-    size = sum(file.stat().st_size for entry in entries for file in entry.iterdir())
+    try:
+        entries = [manifest.parent for manifest in folder.glob("*/manifest.json")]
+        size = sum(file.stat().st_size for entry in entries for file in entry.iterdir())
+    except OSError as error:
+        return Finding("cache", f"{folder}: {error.strerror}", "set DG_JIT_CACHE_DIR to a folder of yours")
     value = f"{folder}, kernels: {len(entries)}, {size / 1e6:.1f} MB"
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
     remedy = f"{there} cannot be written, so every process compiles anew: set DG_JIT_CACHE_DIR to a folder of yours"
     return Finding("cache", value, "" if writable else remedy)

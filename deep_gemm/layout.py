@@ -42,6 +42,8 @@ def get_mn_major_tma_aligned_tensor(x: torch.Tensor) -> torch.Tensor:
     groups one behind the other, base on 16 bytes: x itself where it is so already, else a new tensor (padding not set).
     Raises: InvalidInputError for another dtype or number of dimensions.
     """
+    if not isinstance(x, torch.Tensor):
+        raise InvalidInputError(f"got a {type(x).__name__}, expected scales, a torch.Tensor of torch.float32")
     if x.dtype != torch.float32 or x.dim() not in (2, 3):
         raise InvalidInputError(
             f"got scales of {x.dtype} with shape {tuple(x.shape)}, expected torch.float32 and [mn, k] or [G, mn, k]: "

@@ -156,7 +156,7 @@ def _kind(x: object) -> str:
 
 
 def _is_matrix(x: object, dtype: torch.dtype) -> bool:
-    return isinstance(x, torch.Tensor) and x.dtype == dtype and x.dim() == 2
+    return isinstance(x, torch.Tensor) and x.dtype == dtype and x.dim() == 2 and x.layout == torch.strided
 
 
 def _no_matrix(name: str, x: object, dtype: torch.dtype, remedy: str) -> InvalidInputError:
@@ -164,6 +164,8 @@ def _no_matrix(name: str, x: object, dtype: torch.dtype, remedy: str) -> Invalid
         return InvalidInputError(f"{name} is a {type(x).__name__}, expected a torch.Tensor of {dtype}: {remedy}")
     if x.dtype != dtype:
         return InvalidInputError(f"{name} has dtype {x.dtype}, expected {dtype}: {remedy}")
+    if x.layout != torch.strided:
+        return InvalidInputError(f"{name} has layout {x.layout}, expected torch.strided: call .to_dense()")
     return InvalidInputError(
         f"{name} has {x.dim()} dimensions, expected 2 for a dense GEMM: flatten the leading ones with .view()"
     )

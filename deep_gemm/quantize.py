@@ -74,7 +74,12 @@ def per_channel_cast_back(values: torch.Tensor, scales: torch.Tensor, gran_k: in
 
 
 def ceil_to_ue8m0(x: torch.Tensor) -> torch.Tensor:
-    """|x| [any shape] FP32, rounded up to a power of two, from 2**-126; above 2**127 it is inf. 0, inf and NaN stay."""
+    """|x| [any shape] FP32, rounded up to a power of two, from 2**-126; above 2**127 it is inf. 0, inf and NaN stay.
+
+    Raises: InvalidInputError for another dtype.
+    """
+    if x.dtype != torch.float32:
+        raise InvalidInputError(f"got {x.dtype}, expected torch.float32: call .float()")
     bits = x.abs().view(torch.int32)
     return torch.where(x.isnan(), x, ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32))
 
@@ -86,13 +91,18 @@ def pack_ue8m0_to_int(x: torch.Tensor) -> torch.Tensor:
     )
 
 
+@torch.no_grad()
 def _cast(x: torch.Tensor, rows: int, columns: int, use_ue8m0: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """One scale per rows x columns of the last two dimensions; groups at the edges are smaller."""
+    _check_groups(rows, columns)
+    if not isinstance(x, torch.Tensor):
+        raise InvalidInputError(f"got a {type(x).__name__}, expected a torch.Tensor: call torch.as_tensor()")
     if x.dim() < 2 or not x.is_floating_point():
         raise InvalidInputError(
             f"got {x.dtype} of shape {tuple(x.shape)}, expected floating point [.., M, K]: call .float() or .view()"
         )
     *batch, m, k = x.shape
+    rows, columns = min(rows, max(m, 1)), min(columns, max(k, 1))  # a group is no larger than x
     blocks_m, blocks_k = ceil_div(m, rows), ceil_div(k, columns)
     padded = torch.nn.functional.pad(x.float(), (0, blocks_k * columns - k, 0, blocks_m * rows - m))
     groups = padded.reshape(*batch, blocks_m, rows, blocks_k, columns)
@@ -106,7 +116,16 @@ def _cast(x: torch.Tensor, rows: int, columns: int, use_ue8m0: bool) -> tuple[to
     return values.view(padded.shape)[..., :m, :k].contiguous(), scales.view(*batch, blocks_m, blocks_k)
 
 
+def _check_groups(*sizes: int) -> None:
+    for size in sizes:
+        if not isinstance(size, int) or size < 1:
+            raise InvalidInputError(f"gran_k is {size!r}, expected a positive whole number: 128 is what the GEMMs take")
+
+
 def _cast_back(values: torch.Tensor, scales: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    _check_groups(rows, columns)
+    if not (isinstance(values, torch.Tensor) and isinstance(scales, torch.Tensor)) or values.dim() < 2:
+        raise InvalidInputError("expected values [.., M, K] and scales, both torch.Tensor: pass what the cast returned")
     *batch, m, k = values.shape
     want = (*batch, ceil_div(m, rows), ceil_div(k, columns))
     if scales.shape != want:

@@ -42,15 +42,16 @@ def fp8_gemm_nt_per_column_scales(
     """fp8_gemm_nt with b_scales [N, ceil(K / 128)], a row per row of b: for rows picked out of a larger b."""
     result = torch.empty(a.shape[0], b.shape[0], dtype=torch.float32, device=a.device)
     tile = _EXACT_CPU_TILE if exact and a.device.type == "cpu" else _TILE
-    for rows, columns in _tiles(result, tile):
-        total = torch.zeros_like(result[rows, columns])
-        for x, y, scale_x, scale_y in _k_blocks(a[rows], a_scales[rows], b[columns], b_scales[columns]):
-            if exact:
-                total = _fma(scale_x * scale_y, _tensor_core_block(x, y), total)
-            else:
-                total.addcmul_(scale_x * scale_y, x @ y.T)
-        result[rows, columns] = total
-    return _with_one_nan(result)
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):  # as on the GPU, neither has a say
+        for rows, columns in _tiles(result, tile):
+            total = torch.zeros_like(result[rows, columns])
+            for x, y, scale_x, scale_y in _k_blocks(a[rows], a_scales[rows], b[columns], b_scales[columns]):
+                if exact:
+                    total = _fma(scale_x * scale_y, _tensor_core_block(x, y), total)
+                else:
+                    total.addcmul_(scale_x * scale_y, x @ y.T)
+            result[rows, columns] = total
+        return _with_one_nan(result)
 
 
 @torch.no_grad()

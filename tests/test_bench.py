@@ -114,3 +114,10 @@ def test_a_row_on_the_gpu():
     row = run.measure(Problem(64, 2112, 7168), torch.cuda.get_device_properties(0).L2_cache_size, 1, False)
     assert "error" not in row and not row.get("refused")
     assert all(us > 1 for us in row["us"].values())
+
+
+@pytest.mark.parametrize("file", ["/nonexistent.json", "/etc/hostname"])
+def test_the_table_takes_files_of_this_repository_alone(file: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        table.main([file])
+    assert f"{file} is no file below" in capsys.readouterr().err

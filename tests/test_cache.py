@@ -291,3 +291,15 @@ def test_a_file_system_without_locks(store: Cache, monkeypatch: pytest.MonkeyPat
 def test_what_goes_wrong_inside_the_lock_comes_out(store: Cache):
     with pytest.raises(OSError, match=r"^of the caller$"), store.lock("gemm", KEY):
         raise OSError("of the caller")
+
+
+def test_folders_of_killed_publishers_are_removed_after_a_while(store: Cache):
+    store.store("kernel", "a" * 64, {"kernel.cubin": b"1"})
+    old, young, other = (store.root / name for name in (".kernel.abcdefgh", ".kernel.ijklmnop", ".another.abcdefgh"))
+    for folder in (old, young, other):
+        (folder / "new").mkdir(parents=True)
+    for folder in (old, other):
+        os.utime(folder, (0, 0))
+    store.store("kernel", "b" * 64, {"kernel.cubin": b"2"})
+    assert not old.exists() and young.exists() and other.exists()
+    assert store.load("kernel", "a" * 64) == {"kernel.cubin": b"1"}

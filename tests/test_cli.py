@@ -67,7 +67,7 @@ def test_demo_of_a_checkpoint(checkpoint: Path):
         "lone.weight [136, 272] F8_E4M3: left out, its _scale_inv has shape None, expected (2, 3)",
         "odd_n.weight [12, 128] F32: left out, N is 12, expected a multiple of 8",
         "odd_k.weight [16, 100] F32: left out, K is 100, expected a positive multiple of 16",
-        "integers.weight [16, 16] I32: left out, neither BF16, F16, F32 nor F8_E4M3",
+        "integers.weight [16, 16] I32: left out, neither F8_E4M3 nor BF16, F16, F32",
         "embed_tokens.weight [1024, 128] BF16: left out, an embedding is a table, and is not multiplied",
     ):
         assert line in result.stdout
@@ -250,3 +250,26 @@ def test_the_version_has_one_home():
         assert version("deep-gemm") == deep_gemm.__version__
     except PackageNotFoundError:
         pytest.skip("runs from the source tree, without an installation")
+
+
+def test_demo_of_weights_that_are_not_finite(tmp_path: Path):
+    weights = torch.ones(16, 128)
+    weights[:, 3] = float("nan")
+    save_file({"ü\x1b.weight": weights, "scaled.weight": torch.ones(16, 128).to(torch.float8_e4m3fn),
+               "scaled.weight_scale_inv": torch.ones(1, 1, dtype=torch.int32)}, tmp_path / "w.safetensors")  # fmt: skip
+    result = run("demo", "--m", 3, "--weights", tmp_path / "w.safetensors", LC_ALL="C", PYTHONUTF8="0")
+    assert result.returncode == 0, result.stderr
+    assert "'\\xfc\\x1b.weight'" in result.stdout and "not checked: not finite in BF16" in result.stdout
+    assert (
+        "scaled.weight [16, 128] F8_E4M3: left out, its _scale_inv is I32, expected BF16 or F16 or F32" in result.stdout
+    )
+
+
+def test_doctor_reports_a_cache_that_cannot_be_read(tmp_path: Path):
+    entry = tmp_path / "kernel.0"
+    entry.mkdir()
+    (entry / "manifest.json").write_text("{}")
+    (entry / "dead").symlink_to("/nonexistent")
+    result = run("doctor", DG_JIT_CACHE_DIR=str(tmp_path))
+    assert f"missing  cache          {tmp_path}: No such file" in result.stdout
+    assert "settings, by the environment" in result.stdout

@@ -184,7 +184,7 @@ def test_rejections(name: str) -> None:
         cast(torch.zeros(5))
     with pytest.raises(InvalidInputError, match=r"got torch\.int32 of shape"):
         cast(torch.zeros(2, 128, dtype=torch.int32))
-    with pytest.raises(InvalidInputError, match="expected x >= 0 and y > 0"):
+    with pytest.raises(InvalidInputError, match="gran_k is 0, expected a positive whole number"):
         cast(torch.zeros(2, 128), gran_k=0)
     values, scales = cast(torch.zeros(200, 300))
     with pytest.raises(InvalidInputError, match=r"scales have shape .* expected .* for values of shape \(200, 300\)"):
@@ -204,3 +204,41 @@ def test_packed_scales_are_blackwell_s() -> None:
 def test_utils_names_what_clients_import() -> None:
     assert utils.per_token_cast_to_fp8 is utils.math.per_token_cast_to_fp8 is quantize.per_token_cast_to_fp8
     assert all(hasattr(module, name) for module in (utils, utils.math, utils.layout) for name in module.__all__)
+
+
+@pytest.mark.parametrize("x", [torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 1, dtype=torch.float64)])
+def test_ceil_to_ue8m0_takes_fp32_alone(x):
+    with pytest.raises(InvalidInputError, match=r"got torch\.\w+, expected torch\.float32"):
+        quantize.ceil_to_ue8m0(x)
+
+
+@pytest.mark.parametrize("gran_k", [0, -1, 1.5, None])
+def test_group_sizes_are_checked(gran_k):
+    x = torch.ones(8, 128)
+    values, scales = quantize.per_token_cast_to_fp8(x)
+    for call in (
+        lambda: quantize.per_block_cast_to_fp8(x, False, gran_k),
+        lambda: quantize.per_token_cast_back(values, scales, gran_k),
+    ):
+        with pytest.raises(InvalidInputError, match=f"gran_k is {gran_k}, expected a positive whole number"):
+            call()
+
+
+def test_a_group_may_be_larger_than_the_matrix():
+    x = torch.randn(8, 128)
+    values, scales = quantize.per_block_cast_to_fp8(x, gran_k=10**9)
+    assert scales.shape == (1, 1)
+    want, _ = quantize.per_block_cast_to_fp8(x)
+    assert torch.equal(values.view(torch.uint8), want.view(torch.uint8))
+
+
+def test_what_is_no_tensor_is_rejected():
+    with pytest.raises(InvalidInputError, match="got a list, expected a torch.Tensor"):
+        quantize.per_token_cast_to_fp8([[1.0]])
+    with pytest.raises(InvalidInputError, match="pass what the cast returned"):
+        quantize.per_token_cast_back(torch.ones(3), torch.ones(1))
+
+
+def test_weights_of_a_module_are_quantised_without_a_graph():
+    values, scales = quantize.per_block_cast_to_fp8(torch.nn.Linear(128, 16).weight)
+    assert not values.requires_grad and not scales.requires_grad

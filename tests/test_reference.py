@@ -412,3 +412,15 @@ def test_count_bytes() -> None:
     x, y = torch.zeros(3, 5, dtype=torch.bfloat16), torch.zeros(7, dtype=torch.float8_e4m3fn)
     assert count_bytes(x, None, (y, [x, (None,)])) == 30 + 7 + 30
     assert count_bytes() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("exact", [False, True])
+def test_autocast_changes_nothing(dtype: torch.dtype, exact: bool):
+    a = per_token_cast_to_fp8(torch.randn(16, 512))
+    b = per_block_cast_to_fp8(torch.randn(24, 512))
+    want = reference.fp8_gemm_nt(*a, *b, exact=exact)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(reference.fp8_gemm_nt(*a, *b, exact=exact), want)
+        again = per_block_cast_to_fp8(torch.nn.Parameter(torch.randn(24, 512)))
+    assert not again[1].requires_grad

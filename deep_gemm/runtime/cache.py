@@ -17,12 +17,14 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+LEFTOVER_SECONDS = 3600.0  # older than this, a folder that was being filled is nobody's
 LOCK_SECONDS = 60.0  # a holder that is stopped or hangs must not stop the others: compiling twice does no harm
 
 _logger = logging.getLogger("deep_gemm")
@@ -71,6 +73,7 @@ class Cache:
             self._create_root()
             if files.keys() <= (self.load(name, key) or {}).keys():
                 return
+            self._remove_leftovers(name)
             with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=self.root, ignore_cleanup_errors=True) as folder:
                 fresh = Path(folder, "new")
                 fresh.mkdir(mode=0o700)
@@ -97,6 +100,12 @@ class Cache:
                 if _locked(descriptor):
                     stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)
             yield
+
+    def _remove_leftovers(self, name: str) -> None:
+        """Folders of processes that were killed while they published."""
+        for folder in self.root.glob(f".{name}.????????"):
+            if folder.is_dir() and time.time() - folder.stat().st_mtime > LEFTOVER_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _create_root(self) -> None:
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
