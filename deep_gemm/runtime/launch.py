@@ -38,7 +38,7 @@ class _ProblemArgs(ctypes.Structure):
 
 
 class _Args(ctypes.Structure):
-    """`struct Args` of kernels/fp8_gemm.cu. The driver copies it to where the tensor maps are aligned."""
+    """`struct Args` of kernels/fp8_gemm.cu. Its tensor maps are aligned: `_args` sees to that."""
 
     _fields_ = [
         ("a", ctypes.c_byte * 128),
@@ -106,7 +106,11 @@ class _Launcher:
     def __call__(self, o: Operands, a_scales: torch.Tensor) -> None:
         addresses = [o.a.data_ptr(), o.b.data_ptr(), a_scales.data_ptr(), o.d.data_ptr()]
         if addresses != self._addresses:
-            for tensor_map, old, new in zip(self._maps, self._addresses, addresses, strict=True):
+            before, self._addresses = (
+                self._addresses,
+                [0, 0, 0, 0],
+            )  # whoever is interrupted here, the next call mends it
+            for tensor_map, old, new in zip(self._maps, before, addresses, strict=True):
                 if old != new:
                     check(self._replace(tensor_map, new), "moving a tensor's description")
             self._addresses = addresses
@@ -201,7 +205,8 @@ def _args(cuda: Any, plan: Plan, o: Operands, a_scales: torch.Tensor) -> _Args:
     types = cuda.CUtensorMapDataType
     byte, float32 = types.CU_TENSOR_MAP_DATA_TYPE_UINT8, types.CU_TENSOR_MAP_DATA_TYPE_FLOAT32
     bf16 = types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-    args = _Args()
+    memory = ctypes.create_string_buffer(ctypes.sizeof(_Args) + 127)
+    args = _Args.from_buffer(memory, -ctypes.addressof(memory) % 128)  # a tensor map asks for 64, newer ones for 128
     # The CTAs of a cluster load their shared operand in halves. Rows past a small M would take time to be filled with
     # zeros: none are asked for.
     a_rows, scale_rows = min(tile.block_m // tile.cluster_n, align(m, 8)), min(tile.block_m, align(m, 4))
