@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 
 import deep_gemm
-from bench.table import OURS, PEER, RESULTS, Row, geometric_means
+from bench.table import OURS, PEER, RESULTS, ROOT, Row, geometric_means
 from deep_gemm import reference
 from deep_gemm.cli import LAYERS
 from deep_gemm.problem import Problem
@@ -218,6 +219,48 @@ def output_of(*command: str) -> str | None:
         return None
 
 
+# A first call in a process of its own, after torch has started; prints seconds.
+FIRST_CALL = """
+import sys, time, torch
+device = sys.argv[1]
+a = torch.ones(64, 512).to(torch.float8_e4m3fn).to(device), torch.ones(64, 4, device=device)
+b = torch.ones(256, 512).to(torch.float8_e4m3fn).to(device), torch.ones(2, 4, device=device)
+d = torch.zeros(64, 256, dtype=torch.bfloat16, device=device)
+start = time.perf_counter()
+import deep_gemm
+deep_gemm.fp8_gemm_nt(a, b, d)
+d.cpu()
+print(time.perf_counter() - start)
+"""
+
+
+def first_call_s(device: str = "cuda", turns: int = 3) -> dict[str, float]:
+    """Seconds that the import and the first call take, the cache of kernels empty and then filled: medians."""
+    taken: dict[str, list[float]] = {"empty_cache": [], "warm_cache": []}
+    for _ in range(turns):
+        with tempfile.TemporaryDirectory() as cache:
+            for name in taken:
+                environment = os.environ | {"DG_JIT_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
+                command = (sys.executable, "-c", FIRST_CALL, device)
+                run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+                taken[name].append(float(run.stdout))
+    return {name: round(statistics.median(values), 3) for name, values in taken.items()}
+
+
+def eager_call_us(calls: int = 400) -> dict[str, float]:
+    """What a warm call costs the CPU, with two sets of operands in turn. The GPU is never far behind."""
+    sets = [Operands.random(Problem(64, 2112, 7168)) for _ in range(2)]
+    taken: list[float] = []
+    for i in range(calls + 50):
+        if i % 50 == 0:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run_ours(sets[i % 2])
+        taken.append((time.perf_counter() - start) * 1e6)
+    warm = sorted(taken[50:])
+    return {"median": round(statistics.median(warm), 1), "p99": round(warm[len(warm) * 99 // 100], 1)}
+
+
 def machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_properties(0)
     fields = ("uuid", "driver_version", "power.limit", "clocks.max.sm", "clocks.max.memory", "clocks.sm")
@@ -310,14 +353,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"M={m}: ours / tensor-wise {mean:.3f} (geometric mean)")
     for m, mean in geometric_means(rows, "us_sustained").items():
         print(f"M={m} sustained: ours / tensor-wise {mean:.3f} (geometric mean)")
-    print(f"{(datetime.now(timezone.utc) - started).total_seconds():.0f} s")
+    host = {"first_call_s": first_call_s(), "eager_call_us": eager_call_us()}
+    print(f"{host}\n{(datetime.now(timezone.utc) - started).total_seconds():.0f} s")
 
     complete = set(args.m) >= set(MS) and not (args.n or args.k or args.quick or args.no_sustained)
     if folder := args.output or (RESULTS if complete else None):
         about = {"time": started.isoformat(timespec="seconds"), "note": args.note, **commit(), "machine": gpu}
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{started.date()}-{slug(gpu['gpu'])}.json"
-        path.write_text(as_text(about | {"versions": versions()}, rows))
+        path.write_text(as_text(about | {"versions": versions()} | host, rows))
         print(path)
     return int(any("error" in row for row in rows))
 

@@ -121,3 +121,9 @@ def test_the_table_takes_files_of_this_repository_alone(file: str, capsys: pytes
     with pytest.raises(SystemExit):
         table.main([file])
     assert f"{file} is no file below" in capsys.readouterr().err
+
+
+def test_a_first_call_is_timed_in_a_process_of_its_own():
+    taken = run.first_call_s("cpu", turns=1)
+    assert list(taken) == ["empty_cache", "warm_cache"]
+    assert all(0 < seconds < 60 for seconds in taken.values())

@@ -104,8 +104,9 @@ class Cache:
     def _remove_leftovers(self, name: str) -> None:
         """Folders of processes that were killed while they published."""
         for folder in self.root.glob(f".{name}.????????"):
-            if folder.is_dir() and time.time() - folder.stat().st_mtime > LEFTOVER_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # its process is alive and done with it, or another was faster
+                if folder.is_dir() and time.time() - folder.stat().st_mtime > LEFTOVER_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _create_root(self) -> None:
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)

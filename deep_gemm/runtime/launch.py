@@ -106,10 +106,8 @@ class _Launcher:
     def __call__(self, o: Operands, a_scales: torch.Tensor) -> None:
         addresses = [o.a.data_ptr(), o.b.data_ptr(), a_scales.data_ptr(), o.d.data_ptr()]
         if addresses != self._addresses:
-            before, self._addresses = (
-                self._addresses,
-                [0, 0, 0, 0],
-            )  # whoever is interrupted here, the next call mends it
+            # Until all are replaced none is taken for known: the next call mends what an interrupt leaves.
+            before, self._addresses = self._addresses, [0, 0, 0, 0]
             for tensor_map, old, new in zip(self._maps, before, addresses, strict=True):
                 if old != new:
                     check(self._replace(tensor_map, new), "moving a tensor's description")
