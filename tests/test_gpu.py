@@ -242,6 +242,32 @@ def test_scales_in_any_strides():
             assert differing(d, want) == 0, (a_scales.stride(), b_scales.stride())
 
 
+def test_rows_of_any_length():
+    """a and b as columns of wider memory, whose other columns are NaN."""
+    a, b = operands(130, 264, 1168)
+    views: list[torch.Tensor] = []
+    for values in (a[0], b[0]):
+        wide = torch.full((values.shape[0], 1168 + 48), 0x7F, dtype=torch.uint8, device="cuda")
+        wide[:, 16 : 16 + 1168] = values.view(torch.uint8)
+        views.append(wide.view(torch.float8_e4m3fn)[:, 16 : 16 + 1168])
+    d, untouched = guarded(130, 264)
+    deep_gemm.fp8_gemm_nt((views[0], a[1]), (views[1], b[1]), d)
+    assert differing(d, exact(a, b)) == 0
+    assert untouched()
+
+
+def test_debug_builds_give_the_same_bits(monkeypatch):
+    """With a time limit on every wait."""
+    monkeypatch.setenv("DG_JIT_DEBUG", "1")
+    a, b = operands(257, 528, 1152)
+    want = exact(a, b)
+    for shape in ((64, 16, 1, 1), (64, 48, 1, 2), (128, 112, 1, 1), (128, 256, 2, 1), (192, 128, 1, 2)):
+        d, untouched = guarded(257, 528)
+        assert on_tile(heuristics.make_tile(*shape), a, b, d)
+        assert differing(d, want) == 0, shape
+        assert untouched(), shape
+
+
 def test_graph_replays_with_new_contents():
     a, b = operands(100, 576, 512)
     d, _ = guarded(100, 576)
