@@ -118,17 +118,16 @@ DEVICE void promote(float (&result)[BLOCK_N / 2], float (&partial)[CHUNK_N / 2],
 class Consumer {
     SharedStorage& smem;
     uint32_t warp, lane, row;                       // row: the first of this thread's two, within the tile
-    uint32_t release_address;                       // of the CTA of the cluster that this lane tells when a stage is free
+    uint32_t peer_empty;                            // the address of `empty` in the other CTA of the cluster
     Pipeline pipe;
     float partial[BANKS][CHUNK_N / 2] = {};         // what the tensor cores add up
 
-    // Tells the producers that this warp is done with a stage: lane 0 that of its own CTA, lane 1 the other one of the cluster.
+    // Tells the producers that a stage has been read: every lane its own CTA's, since every lane has read scales that come from
+    // there (and so racecheck can follow the order); one lane the other's of the cluster, which sends operands alone.
     DEVICE void release(uint32_t stage) {
-        if constexpr (CLUSTER > 1) {
-            if (lane < CLUSTER) barrier_arrive_cluster(release_address + stage * sizeof(uint64_t));
-        } else if (lane == 0) {
-            barrier_arrive(release_address + stage * sizeof(uint64_t));
-        }
+        barrier_arrive(shared_address(&smem.empty[stage]));
+        if constexpr (CLUSTER > 1)
+            if (lane == 0) barrier_arrive_cluster(peer_empty + stage * sizeof(uint64_t));
     }
 
     // Queues the four wgmma of one chunk.
@@ -142,20 +141,17 @@ class Consumer {
         wgmma_commit();
     }
 
-    // Lane 0 reads the scales of b for its warp, since it is the one that releases the stage: so racecheck can follow the order.
     DEVICE Scales load_scales(uint32_t stage) const {
         Scales scales{{smem.a_scales[stage][row], smem.a_scales[stage][row + 8]}, {}};
 #pragma unroll
-        for (int i = 0; i < B_SCALES; ++i) scales.b[i] = __shfl_sync(~0u, lane == 0 ? smem.b_scales[stage][i] : 0, 0);
-        __syncwarp();
+        for (int i = 0; i < B_SCALES; ++i) scales.b[i] = smem.b_scales[stage][i];
         return scales;
     }
 
 public:
     DEVICE explicit Consumer(SharedStorage& storage) : smem(storage) {
         warp = warp_index(), lane = threadIdx.x % 32, row = warp * 16 + lane / 4;
-        release_address = shared_address(smem.empty);
-        if constexpr (CLUSTER > 1) release_address = cluster_address(release_address, cluster_rank() ^ lane % CLUSTER);
+        if constexpr (CLUSTER > 1) peer_empty = cluster_address(shared_address(smem.empty), cluster_rank() ^ 1);
     }
 
     // Multiplies and promotes BLOCKS K blocks. With two banks a chunk is promoted while the next one is in the tensor cores; the
@@ -243,8 +239,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_gemm(const __grid_c
     extern __shared__ __align__(1024) uint8_t memory[];
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(memory);
     if (threadIdx.x < STAGES) {
-        barrier_init(shared_address(&smem.full[threadIdx.x]), 2);                 // the copies' bytes, and b's scales
-        barrier_init(shared_address(&smem.empty[threadIdx.x]), WARPS * CLUSTER);  // every consumer warp that reads what we send
+        barrier_init(shared_address(&smem.full[threadIdx.x]), 2);  // the copies' bytes, and b's scales
+        barrier_init(shared_address(&smem.empty[threadIdx.x]), 32 * WARPS + (CLUSTER - 1) * WARPS);  // as `release` arrives
         if (threadIdx.x == 0) barrier_init(shared_address(&smem.d_full), WARPS), barrier_init(shared_address(&smem.d_empty), 1);
         barrier_init_fence();
     }
