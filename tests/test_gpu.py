@@ -284,6 +284,36 @@ def test_graph_replays_with_new_contents():
         assert differing(d, exact(a, b)) == 0
 
 
+FIRST_CALL_CAPTURED = """
+import torch, deep_gemm
+def operand(rows, scale_rows):
+    values = torch.randint(0, 126, (rows, 512), device="cuda").to(torch.uint8).view(torch.float8_e4m3fn)
+    return values, torch.rand(scale_rows, 4, device="cuda")
+a, b = operand(100, 100), operand(576, 5)
+d, graph = torch.zeros(100, 576, dtype=torch.bfloat16, device="cuda"), torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    deep_gemm.fp8_gemm_nt(a, b, d)
+assert not d.any(), "the call ran while it was captured"
+graph.replay()
+want = torch.empty_like(d)
+deep_gemm.reference.run(*a, *b, want, exact=True)
+assert torch.equal(d.view(torch.int16), want.view(torch.int16))
+d.zero_()
+deep_gemm.fp8_gemm_nt(a, b, d)
+assert torch.equal(d.view(torch.int16), want.view(torch.int16))
+print("ran")
+"""
+
+
+@pytest.mark.parametrize("loading", ["LAZY", "EAGER"])
+def test_first_call_inside_a_capture(loading, tmp_path):
+    """Compiled, loaded and launched for the first time in a new process while a CUDA graph is captured."""
+    environment = os.environ | {"DG_JIT_CACHE_DIR": str(tmp_path), "CUDA_MODULE_LOADING": loading}
+    command = [sys.executable, "-c", FIRST_CALL_CAPTURED]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0 and "ran" in result.stdout, result.stdout[-3000:] + result.stderr[-3000:]
+
+
 def test_calls_follow_the_addresses():
     """A second call of a shape replaces addresses in a prepared launch; every operand in turn."""
     first, second = operands(100, 576, 512, 1), operands(100, 576, 512, 2)
