@@ -237,6 +237,15 @@ def _load(file: Any, name: str, device: torch.device) -> Weight:
     return torch.cat([x for x, _ in slabs]), torch.cat([x for _, x in slabs])
 
 
+def _speed(problem: Problem, us: float, device_type: str) -> str:
+    """By what bounds the time: TFLOPS where it is computing, otherwise GB/s."""
+    # An H200 does some 300 FLOP in the time of a byte from memory; a CPU is busy computing at every M.
+    if device_type == "cuda" and problem.flop <= 300 * problem.bytes:
+        return f"{problem.bytes / us / 1e3:.0f} GB/s"
+    tflops = problem.flop / us / 1e6
+    return f"{tflops:.0f} TFLOPS" if tflops >= 100 else f"{tflops:.3g} TFLOPS"
+
+
 def _multiply(layer: Layer, m: int, device: torch.device) -> tuple[str, bool]:
     """A row of the table, and whether every checked element is within the bound."""
     problem = Problem(m, layer.n, layer.k)
@@ -247,9 +256,7 @@ def _multiply(layer: Layer, m: int, device: torch.device) -> tuple[str, bool]:
     d = torch.full((m, layer.n), float("nan"), dtype=torch.bfloat16, device=device)
     us = _time_us(lambda: fp8_gemm_nt(a, b, d), device)
     error, checked, outside = _check(a, b, d)
-    # An H200 does some 300 FLOP in the time of a byte from memory; a CPU is busy computing at every M.
-    compute_bound = device.type == "cpu" or problem.flop > 300 * problem.bytes
-    speed = f"{problem.flop / us / 1e6:.3g} TFLOPS" if compute_bound else f"{problem.bytes / us / 1e3:.0f} GB/s"
+    speed = _speed(problem, us, device.type)
     duration = f"{us:.1f} us" if us < 1e4 else f"{us / 1e3:.0f} ms"
     verdict = f"{outside} of {checked} OUTSIDE the bound" if outside else f"{checked} within the bound"
     verdict = verdict if checked else "not checked: not finite in BF16"

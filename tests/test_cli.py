@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from deep_gemm import cli, per_block_cast_to_fp8, settings
+from deep_gemm.problem import Problem
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,6 +72,14 @@ def test_demo_of_a_checkpoint(checkpoint: Path):
         "embed_tokens.weight [1024, 128] BF16: left out, an embedding is a table, and is not multiplied",
     ):
         assert line in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("m", "us", "device_type", "said"),
+    [(4096, 700, "cuda", "1374 TFLOPS"), (1, 32.2, "cuda", "3649 GB/s"), (64, 512e3, "cpu", "0.0294 TFLOPS")],
+)
+def test_demo_speed(m: int, us: float, device_type: str, said: str):
+    assert cli._speed(Problem(m, 7168, 16384), us, device_type) == said
 
 
 def test_demo_limit(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
