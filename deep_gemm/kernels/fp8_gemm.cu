@@ -188,6 +188,7 @@ public:
 
     // Converts the tile to BF16, once the one before is on its way, and hands it over to the storing warp.
     DEVICE void store(const float (&result)[BLOCK_N / 2], uint32_t phase) {
+        const uint32_t lane = lane_index();         // anew, for the main loop has no register for these addresses
         // stmatrix: lanes 0-7, 8-15, 16-23, 24-31 address the rows of (top, left), (bottom, left), (top, right), (bottom, right)
         const uint32_t matrix_row = warp * 16 + lane % 16, swizzle = (matrix_row * STORE_N * 2 / 128) % (STORE_N / 8);
         wait(smem.d_empty, phase ^ 1);
@@ -250,8 +251,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_gemm(const __grid_c
     const uint32_t warp = warp_index();
     if (warp >= WARPS) {
         if constexpr (WARPGROUPS > 1) registers_decrease<PRODUCER_REGISTERS>();
-        if (warp == WARPS && elect_one()) produce(args, smem);
-        if (warp == WARPS + 1 && elect_one()) write_back(args, smem);
+        if (warp == WARPS) {                        // else: so `warp` is no register of produce's, which has few
+            if (elect_one()) produce(args, smem);
+        } else if (warp == WARPS + 1) {
+            if (elect_one()) write_back(args, smem);
+        }
     } else {
         if constexpr (WARPGROUPS > 1) registers_increase<CONSUMER_REGISTERS>();
         consume(args, smem);

@@ -22,6 +22,13 @@ DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_
 // shfl.sync: the warp's number, which ptxas then knows to be the same in all of its threads
 DEVICE uint32_t warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
+// mov.u32 %laneid. What is computed from it is computed where it stands, and kept in no register before.
+DEVICE uint32_t lane_index() {
+    uint32_t lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+
 // mov.u32 %cluster_ctarank
 DEVICE uint32_t cluster_rank() {
     uint32_t rank;
