@@ -68,6 +68,12 @@ def test_what_makes_it_slow_is_told(source: Source, words: list[str]):
     assert any(all(word in line for word in words) for line in cubin.performance_warnings)
 
 
+@pytest.mark.parametrize("injected", ["warpgroup.wait", "wgmma.wait_group"], ids=["up to 13.0", "13.5"])
+def test_an_injected_wait_by_any_wording(injected: str):
+    line = f"ptxas info    : (C7517) {injected} is injected in around line 64 by compiler to allow use of registers"
+    assert compiler.Cubin(b"", "", f"ptxas info    : 0 bytes gmem\n{line}\n").performance_warnings == [line]
+
+
 def test_a_warning_of_another_kind():
     source = Source("warn.cu", 'extern "C" __global__ void warn() { int unused; }\n')
     cubin = compiler.compile(source)
