@@ -50,6 +50,7 @@ class Operands:
 
     a: torch.Tensor
     a_scales: torch.Tensor
+    a_scales_dense: torch.Tensor  # M-major without padding, as cuBLASLt reads them
     b: torch.Tensor
     b_scales: torch.Tensor
     b_scales_padded: torch.Tensor  # [align(ceil(K/128), 4), ceil(N/128)], K-major, as cuBLASLt reads it
@@ -70,6 +71,7 @@ class Operands:
         return cls(
             a=a,
             a_scales=deep_gemm.get_mn_major_tma_aligned_tensor(a_scales),
+            a_scales_dense=a_scales.t().contiguous().as_strided(a_scales.shape, (1, problem.m)),
             b=b,
             b_scales=b_scales,
             b_scales_padded=padded.t(),
@@ -96,7 +98,7 @@ def run_block(x: Operands) -> torch.Tensor:
     return torch.nn.functional.scaled_mm(
         x.a,
         x.b.t(),
-        x.a_scales,
+        x.a_scales_dense,
         recipe.BlockWise1x128,
         x.b_scales_padded,
         recipe.BlockWise128x128,
@@ -234,17 +236,40 @@ print(time.perf_counter() - start)
 """
 
 
+def seconds_of(script: str, cache: str, *arguments: str) -> float:
+    """What a script prints, run in a process of its own with that folder as cache of kernels."""
+    environment = os.environ | {"DG_JIT_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
+    command = (sys.executable, "-c", script, *arguments)
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+
+
 def first_call_s(device: str = "cuda", turns: int = 3) -> dict[str, float]:
     """Seconds that the import and the first call take, the cache of kernels empty and then filled: medians."""
     taken: dict[str, list[float]] = {"empty_cache": [], "warm_cache": []}
     for _ in range(turns):
         with tempfile.TemporaryDirectory() as cache:
             for name in taken:
-                environment = os.environ | {"DG_JIT_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
-                command = (sys.executable, "-c", FIRST_CALL, device)
-                run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-                taken[name].append(float(run.stdout))
+                taken[name].append(seconds_of(FIRST_CALL, cache, device))
     return {name: round(statistics.median(values), 3) for name, values in taken.items()}
+
+
+# Every tile, on no more cores than asked for; prints seconds.
+COMPILE_ALL = """
+import os, sys, time
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
+from deep_gemm.heuristics import tiles
+from deep_gemm.runtime.compiler import compile_many
+sources = [tile.source() for tile in tiles()][: int(sys.argv[2])]
+start = time.perf_counter()
+compile_many(sources)
+print(time.perf_counter() - start)
+"""
+
+
+def compile_all_s(cores: int = 2, most: int = 1000) -> dict[str, float]:
+    """Seconds that compiling every tile (at most so many) takes, the cache of kernels empty."""
+    with tempfile.TemporaryDirectory() as cache:
+        return {"cores": cores, "seconds": round(seconds_of(COMPILE_ALL, cache, str(cores), str(most)), 1)}
 
 
 def eager_call_us(calls: int = 400) -> dict[str, float]:
@@ -353,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"M={m}: ours / tensor-wise {mean:.3f} (geometric mean)")
     for m, mean in geometric_means(rows, "us_sustained").items():
         print(f"M={m} sustained: ours / tensor-wise {mean:.3f} (geometric mean)")
-    host = {"first_call_s": first_call_s(), "eager_call_us": eager_call_us()}
+    host = {"first_call_s": first_call_s(), "compile_all_s": compile_all_s(), "eager_call_us": eager_call_us()}
     print(f"{host}\n{(datetime.now(timezone.utc) - started).total_seconds():.0f} s")
 
     complete = set(args.m) >= set(MS) and not (args.n or args.k or args.quick or args.no_sustained)

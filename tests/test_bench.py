@@ -127,3 +127,8 @@ def test_a_first_call_is_timed_in_a_process_of_its_own():
     taken = run.first_call_s("cpu", turns=1)
     assert list(taken) == ["empty_cache", "warm_cache"]
     assert all(0 < seconds < 60 for seconds in taken.values())
+
+
+def test_compiling_is_timed_on_as_many_cores_as_asked_for():
+    taken = run.compile_all_s(cores=1, most=2)
+    assert taken["cores"] == 1 and 0 < taken["seconds"] < 60
