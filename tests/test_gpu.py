@@ -15,7 +15,7 @@ from deep_gemm import heuristics, reference
 from deep_gemm.problem import dense
 from deep_gemm.runtime import device
 from deep_gemm.runtime import launch as launching
-from deep_gemm.runtime.compiler import cubin_for
+from deep_gemm.runtime.compiler import compile_many, cubin_for
 from deep_gemm.runtime.launch import launch
 
 pytestmark = pytest.mark.gpu
@@ -25,14 +25,19 @@ GUARD = 12345.0
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
     """All kernels, compiled on all cores."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda tile: cubin_for(tile.source()), heuristics.tiles()))
+    return compile_many([tile.source() for tile in heuristics.tiles()])
 
 
 @pytest.fixture(autouse=True)
 def everything_restored():
     yield
     deep_gemm.set_num_sms(None)
+
+
+def test_every_tile_compiles_clean_with_the_compiler_of_this_machine(compiled):
+    """tests/test_plan.py asks for more, of the compiler that the development environment has."""
+    for tile, cubin in zip(heuristics.tiles(), compiled, strict=True):
+        assert (cubin.warnings, cubin.local_bytes) == ([], 0), tile
 
 
 def operands(m, n, k, seed=0, kind="normal"):
@@ -254,6 +259,50 @@ def test_rows_of_any_length():
     deep_gemm.fp8_gemm_nt((views[0], a[1]), (views[1], b[1]), d)
     assert differing(d, exact(a, b)) == 0
     assert untouched()
+
+
+def test_strides_that_mean_nothing():
+    """Of the only row of a and d, of a's scales where there is one row or one column; and scales of b that are one."""
+    a, b = operands(1, 136, 272)
+    for stride in (1, 7, 1 << 40):
+        values, scales = (x.as_strided(x.shape, (stride, 1)) for x in a)
+        d, untouched = guarded(1, 136)
+        deep_gemm.fp8_gemm_nt((values, scales), b, d.as_strided(d.shape, (stride, 1)))
+        assert differing(d, exact(a, b)) == 0, stride
+        assert untouched(), stride
+    a, b = operands(70, 264, 128)
+    scales = b[1][:1].expand(3, 1)
+    for stride in (1, 3, 1 << 40):
+        d, untouched = guarded(70, 264)
+        deep_gemm.fp8_gemm_nt((a[0], a[1].as_strided((70, 1), (1, stride))), (b[0], scales), d)
+        assert differing(d, exact(a, (b[0], scales.contiguous()))) == 0, stride
+        assert untouched(), stride
+
+
+FORKED = """
+import os, sys
+import torch, deep_gemm
+def child():
+    a = torch.ones(70, 512).to(torch.float8_e4m3fn).cuda(), torch.ones(70, 4, device="cuda")
+    b = torch.ones(264, 512).to(torch.float8_e4m3fn).cuda(), torch.ones(3, 4, device="cuda")
+    d = torch.zeros(70, 264, dtype=torch.bfloat16, device="cuda")
+    deep_gemm.fp8_gemm_nt(a, b, d)
+    return int(not (d == 512).all())
+children = []
+for _ in range(2):
+    children.append(os.fork())
+    if not children[-1]:
+        os._exit(child())
+sys.exit(any([os.waitpid(pid, 0)[1] for pid in children]) or child())
+"""
+
+
+def test_forks_after_the_import(tmp_path):
+    """Two at once, with an empty cache; and then the process that was forked from."""
+    environment = os.environ | {"DG_JIT_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", FORKED]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 
 def test_debug_builds_give_the_same_bits(monkeypatch):

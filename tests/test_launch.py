@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -175,6 +177,23 @@ def test_scales_of_a_in_another_order_are_put_in_order(notes: Notes):
     assert notes.encoded[2].address not in (rows.data_ptr(), o.a_scales.data_ptr())
     assert notes.encoded[2].pitch == 68 * 4
     assert torch.equal(launch.mn_major(rows), rows)
+
+
+def test_operands_of_another_device_are_launched_there(notes: Notes, monkeypatch: pytest.MonkeyPatch):
+    now: list[int | None] = [3]
+
+    @contextlib.contextmanager
+    def on(index: int | None) -> Iterator[None]:
+        before, now[0] = now[0], index
+        yield
+        now[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 5 if now[0] == index else 6)
+    launch.launch(plan((64, 32), 64, 64, 128), operands(64, 64, 128))
+    assert [launched.stream for launched in notes.launched] == [5]
+    assert now == [3]
 
 
 def test_launches_are_bounded_and_the_least_recently_used_goes(notes: Notes, monkeypatch: pytest.MonkeyPatch):
