@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from probe import ALONE, LOCAL_MEMORY, PROBE, SERIALISED, SETMAXNREG_IGNORED, SLOW, WAIT_INJECTED, WRONG, numbered
@@ -241,6 +242,25 @@ def test_what_is_printed(name: str, words: str, monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setenv(name, value)
         compiler.compile(PROBE)
         assert (words in capfd.readouterr().err) is (value == "1")
+
+
+@pytest.mark.parametrize("version", [(12, 8), (12, 9), (13, 0)], ids=str)
+def test_nvrtc_caches_nothing(
+    version: tuple[int, int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """Older ones know neither a cache nor the option."""
+    nvrtc, name = compiler._load_nvrtc()
+
+    class Versioned:
+        nvrtcVersion = staticmethod(lambda: (0, *version))
+
+        def __getattr__(self, attribute: str) -> Any:
+            return getattr(nvrtc, attribute)
+
+    monkeypatch.setattr(compiler, "_load_nvrtc", lambda: (Versioned(), name))
+    monkeypatch.setenv("DG_JIT_PRINT_COMPILER_COMMAND", "1")
+    assert compiler.compile(PROBE).image
+    assert (" --no-cache " in capfd.readouterr().err) is (version >= (12, 9))
 
 
 def test_the_command_of_nvcc_is_printed(

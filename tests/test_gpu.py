@@ -15,7 +15,7 @@ from deep_gemm import heuristics, reference
 from deep_gemm.problem import dense
 from deep_gemm.runtime import device
 from deep_gemm.runtime import launch as launching
-from deep_gemm.runtime.compiler import compile_many, cubin_for
+from deep_gemm.runtime.compiler import compile, compile_many, cubin_for
 from deep_gemm.runtime.launch import launch
 
 pytestmark = pytest.mark.gpu
@@ -38,6 +38,14 @@ def test_every_tile_compiles_clean_with_the_compiler_of_this_machine(compiled):
     """tests/test_plan.py asks for more, of the compiler that the development environment has."""
     for tile, cubin in zip(heuristics.tiles(), compiled, strict=True):
         assert (cubin.warnings, cubin.local_bytes) == ([], 0), tile
+
+
+def test_the_compiler_compiles_every_time():
+    """NVRTC has a cache where there is a driver; what it says of a kernel must not depend on who compiled it before."""
+    source = heuristics.make_tile(64, 16).source()
+    first, second = compile(source), compile(source)
+    assert first.image == second.image
+    assert all("registers" in cubin.log for cubin in (first, second))
 
 
 def operands(m, n, k, seed=0, kind="normal"):

@@ -239,7 +239,9 @@ def _nvrtc(source: Source, options: tuple[str, ...]) -> tuple[bytes, str, str]:
         getattr(nvrtc, f"nvrtcGet{kind}")(program, content)
         return bytes(content)
 
-    options = (f"--gpu-architecture=sm_{_ARCH}", *options)
+    # What comes out of NVRTC's own cache (since 12.9, where there is a driver) is another process's, log and all.
+    no_cache = ("--no-cache",) if nvrtc.nvrtcVersion()[1:] >= (12, 9) else ()
+    options = (f"--gpu-architecture=sm_{_ARCH}", *options, *no_cache)
     _say("DG_JIT_PRINT_COMPILER_COMMAND", f"{version}: {shlex.join(options)} {source.name}")
     names = [name.encode() for name, _ in source.headers]
     texts = [text.encode() for _, text in source.headers]
