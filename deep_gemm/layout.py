@@ -49,6 +49,8 @@ def get_mn_major_tma_aligned_tensor(x: torch.Tensor) -> torch.Tensor:
             f"got scales of {x.dtype} with shape {tuple(x.shape)}, expected torch.float32 and [mn, k] or [G, mn, k]: "
             "take them from per_token_cast_to_fp8(x)"
         )
+    if x.layout != torch.strided:
+        raise InvalidInputError(f"got scales of layout {x.layout}, expected torch.strided: call .to_dense()")
     mn, k = x.shape[-2:]
     padded = get_tma_aligned_size(mn, x.element_size())
     strides = (k * padded, 1, padded)[-x.dim() :]

@@ -97,6 +97,8 @@ def _cast(x: torch.Tensor, rows: int, columns: int, use_ue8m0: bool) -> tuple[to
     _check_groups(rows, columns)
     if not isinstance(x, torch.Tensor):
         raise InvalidInputError(f"got a {type(x).__name__}, expected a torch.Tensor: call torch.as_tensor()")
+    if x.layout != torch.strided:
+        raise InvalidInputError(f"got layout {x.layout}, expected torch.strided: call .to_dense()")
     if x.dim() < 2 or not x.is_floating_point():
         raise InvalidInputError(
             f"got {x.dtype} of shape {tuple(x.shape)}, expected floating point [.., M, K]: call .float() or .view()"

@@ -96,6 +96,8 @@ def test_rejections() -> None:
             InvalidInputError, match=r"got scales of .* expected torch.float32 and \[mn, k\] or \[G, mn, k\]"
         ):
             get_mn_major_tma_aligned_tensor(x)
+    with pytest.raises(InvalidInputError, match=r"got scales of layout torch\.sparse_coo, expected torch\.strided"):
+        get_mn_major_tma_aligned_tensor(torch.zeros(8, 8).to_sparse())
 
 
 def test_the_first_name() -> None:

@@ -235,6 +235,10 @@ def test_a_group_may_be_larger_than_the_matrix():
 def test_what_is_no_tensor_is_rejected():
     with pytest.raises(InvalidInputError, match=r"got a list, expected a torch\.Tensor"):
         quantize.per_token_cast_to_fp8([[1.0]])
+    with pytest.raises(
+        InvalidInputError, match=r"got layout torch\.sparse_coo, expected torch\.strided: call \.to_dense"
+    ):
+        quantize.per_token_cast_to_fp8(torch.zeros(8, 128).to_sparse())
     with pytest.raises(InvalidInputError, match="pass what the cast returned"):
         quantize.per_token_cast_back(torch.ones(3), torch.ones(1))
 
