@@ -30,7 +30,7 @@ from .problem import Problem, check_shape
 from .quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 from .runtime import device as devices
 from .runtime.compiler import Source, compile
-from .runtime.launch import check, driver
+from .runtime.driver import check, driver
 
 # The linear layers of DeepSeek-V3 outside its routed experts: name, N, K. Projections of one input are one GEMM.
 # Source: the model's config.json: hidden 7168, q_lora_rank 1536, kv_lora_rank 512, qk_rope_head_dim 64, 128 heads of

@@ -15,7 +15,7 @@ import torch
 from deep_gemm import heuristics
 from deep_gemm.errors import LaunchError
 from deep_gemm.problem import Operands, Problem
-from deep_gemm.runtime import launch
+from deep_gemm.runtime import driver, launch
 from deep_gemm.runtime.device import H200
 
 cuda = importlib.import_module("cuda.bindings.driver")
@@ -68,7 +68,8 @@ class Notes:
 @pytest.fixture
 def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
     notes = Notes()
-    monkeypatch.setattr(launch, "driver", lambda: notes)
+    for module in (launch, driver):
+        monkeypatch.setattr(module, "driver", lambda: notes)
     monkeypatch.setattr(launch, "kernel_for", lambda tile, index: cuda.CUfunction(tile.block_n))
     monkeypatch.setattr(launch, "_thread", SimpleNamespace(launchers={}))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index that CPU tensors have

@@ -6,17 +6,16 @@ import ctypes
 import sys
 import threading
 import time
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from .. import settings
-from ..errors import LaunchError, MissingDependencyError
 from ..layout import align, ceil_div, get_mn_major_tma_aligned_tensor
 from ..plan import BLOCK_K, ENTRY, Plan, Tile
 from ..problem import Operands
 from .compiler import cubin_for
+from .driver import bind_context, check, driver
 
 DEBUG_WAIT_SECONDS = 2
 MAX_LAUNCHERS = 1024  # for each thread
@@ -127,30 +126,9 @@ def _launchers() -> dict[Any, _Launcher]:
     try:
         return _thread.launchers
     except AttributeError:
-        _bind_context()
+        bind_context()
         _thread.launchers = {}
         return _thread.launchers
-
-
-def driver() -> Any:
-    """`cuda.bindings.driver`.
-
-    Raises: MissingDependencyError with the command that brings it.
-    """
-    try:
-        return import_module("cuda.bindings.driver")
-    except ImportError as error:
-        raise MissingDependencyError("cuda-bindings is not installed: pip install cuda-bindings") from error
-
-
-def check(result: tuple[Any, ...], doing: str) -> Any:
-    """The value of a driver call. Raises: LaunchError, by the error's name."""
-    code, *values = result
-    if int(code):
-        _, name = driver().cuGetErrorName(code)
-        _, text = driver().cuGetErrorString(code)
-        raise LaunchError(f"{doing}: {name.decode()}: {text.decode()}", code=int(code), name=name.decode())
-    return values[0] if values else None
 
 
 _lock = threading.Lock()
@@ -182,15 +160,6 @@ def _load(image: bytes, tile: Tile, device_index: int) -> Any:
     if settings.get("DG_JIT_PRINT_LOAD_TIME"):
         print(f"deep_gemm: loaded {tile.name} in {(time.perf_counter() - start) * 1e3:.2f} ms", file=sys.stderr)
     return cuda.CUfunction(int(kernel))
-
-
-def _bind_context() -> None:
-    """Makes the current device's primary context current in a thread that has none yet."""
-    cuda = driver()
-    if not int(check(cuda.cuCtxGetCurrent(), "reading the current context")):
-        device = check(cuda.cuDeviceGet(torch.cuda.current_device()), "looking up the device")
-        context = check(cuda.cuDevicePrimaryCtxRetain(device), "taking the device's context")
-        check(cuda.cuCtxSetCurrent(context), "setting the context")
 
 
 def _args(cuda: Any, plan: Plan, o: Operands, a_scales: torch.Tensor) -> _Args:

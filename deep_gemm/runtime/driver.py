@@ -1,0 +1,40 @@
+"""The CUDA driver: where it comes from, and what becomes of its errors."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from ..errors import LaunchError, MissingDependencyError
+
+
+def driver() -> Any:
+    """`cuda.bindings.driver`.
+
+    Raises: MissingDependencyError with the command that brings it.
+    """
+    try:
+        return import_module("cuda.bindings.driver")
+    except ImportError as error:
+        raise MissingDependencyError("cuda-bindings is not installed: pip install cuda-bindings") from error
+
+
+def check(result: tuple[Any, ...], doing: str) -> Any:
+    """The value of a driver call. Raises: LaunchError, by the error's name."""
+    code, *values = result
+    if int(code):
+        _, name = driver().cuGetErrorName(code)
+        _, text = driver().cuGetErrorString(code)
+        raise LaunchError(f"{doing}: {name.decode()}: {text.decode()}", code=int(code), name=name.decode())
+    return values[0] if values else None
+
+
+def bind_context() -> None:
+    """Makes the current device's primary context current in a thread that has none yet."""
+    cuda = driver()
+    if not int(check(cuda.cuCtxGetCurrent(), "reading the current context")):
+        device = check(cuda.cuDeviceGet(torch.cuda.current_device()), "looking up the device")
+        context = check(cuda.cuDevicePrimaryCtxRetain(device), "taking the device's context")
+        check(cuda.cuCtxSetCurrent(context), "setting the context")
