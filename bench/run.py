@@ -1,4 +1,4 @@
-"""Measures this GPU: our GEMM beside cuBLASLt, over the shapes of DeepSeek-V3. `make bench`, or `python -m bench.run`.
+"""Measures this GPU: our GEMMs beside others, over the shapes of DeepSeek-V3. `make bench`, or `python -m bench.run`.
 
 Method. A CUDA graph holds many launches over several sets of operands, so many that nothing is found in L2. All
 implementations of a shape take turns: an idle pause, one replay to warm up, and one that is timed. The figure is the
@@ -6,6 +6,11 @@ median of nine turns, in us per launch ("burst": the clock is high after the pau
 also runs alone for a second and a half without a pause, and the second half of it is reported ("sustained": power
 limits the clock). Before it is timed, a shape is multiplied through the graph into poisoned outputs, and samples of
 the first and the last set are held against the bit-exact reference: with one wrong bit the row has an error, no time.
+
+Dense shapes stand beside cuBLASLt. Grouped ones stand beside the PyPI package sgl-deep-gemm, a fork of DeepSeek's
+DeepGEMM, if DEEP_GEMM_PEER names the folder it is in (bench/peer.py; it needs nvcc), else beside cuBLASLt in a loop:
+
+    pip install --no-deps --target FOLDER sgl-deep-gemm==0.1.5 apache-tvm-ffi==0.1.11
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from importlib import import_module
 from itertools import pairwise, product
 from pathlib import Path
@@ -30,16 +36,19 @@ from typing import Any
 import torch
 
 import deep_gemm
-from bench.table import OURS, PEER, RESULTS, ROOT, Row, geometric_means
+from bench import grouped
+from bench.graph import capture, turn_us
+from bench.peer import Peer
+from bench.table import FORK, LOOP, OURS, PEER, RESULTS, ROOT, Row, family_means, geometric_means, other
 from deep_gemm import reference
 from deep_gemm.cli import LAYERS
-from deep_gemm.problem import Problem
+from deep_gemm.problem import Kind, Pair, Problem
 from deep_gemm.quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 
+FAMILIES = ("dense", grouped.CONTIGUOUS, grouped.MASKED)
 MS = (1, 16, 64, 128, 4096)
 SUSTAINED_M = 4096
 TURNS = 9
-PAUSE_S = 0.02
 REPLAY_US = 1500
 SUSTAINED_S = 1.5
 
@@ -125,37 +134,25 @@ def counts(problem: Problem, l2_bytes: int) -> tuple[int, int]:
     return sets, sets * max(1, round(REPLAY_US / (launch_us * sets)))
 
 
-def capture(run: Callable[[Operands], torch.Tensor], sets: Sequence[Operands], launches: int) -> torch.cuda.CUDAGraph:
-    run(sets[0])  # compiles, and makes handles and workspaces, outside the capture
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    outputs: list[torch.Tensor] = []  # held, so that an implementation that allocates its output rotates too
-    with torch.cuda.graph(graph):
-        outputs.extend(run(sets[i % len(sets)]) for i in range(launches))
-    return graph
-
-
-def wrong_bits(x: Operands) -> int:
-    """How many of up to 32 x 1024 sampled elements of d differ from the bit-exact reference."""
-    rows, columns = (
-        torch.randperm(size, device="cuda")[:most] for size, most in zip(x.d.shape, (32, 1024), strict=True)
-    )
-    a, b = (t.view(torch.uint8)[i].view(t.dtype) for t, i in ((x.a, rows), (x.b, columns)))
+def wrong_bits(a: Pair, b: Pair, d: torch.Tensor, most: tuple[int, int] = (32, 1024)) -> int:
+    """How many of up to so many rows x columns of d, picked at random, differ from the bit-exact reference."""
+    rows, columns = (torch.randperm(size, device=d.device)[:limit] for size, limit in zip(d.shape, most, strict=True))
+    few_a, few_b = (x.view(torch.uint8)[i].view(x.dtype) for x, i in ((a[0], rows), (b[0], columns)))
     expected = reference.to_bf16(
-        reference.fp8_gemm_nt_per_column_scales(a, x.a_scales[rows], b, x.b_scales[columns // 128], exact=True)
+        reference.fp8_gemm_nt_per_column_scales(few_a, a[1][rows], few_b, b[1][columns // 128], exact=True)
     )
-    return int((x.d[rows][:, columns].view(torch.int16) != expected.view(torch.int16)).sum())
+    return int((d[rows][:, columns].view(torch.int16) != expected.view(torch.int16)).sum())
 
 
-def replay_us(graph: torch.cuda.CUDAGraph, replays: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    graph.replay()
-    start.record()
-    for _ in range(replays):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3 / replays
+def wrong_in_groups(x: grouped.Operands) -> int:
+    """wrong_bits of up to eight groups, and rows of theirs that are not real but were written: d is NaN before."""
+    a, a_scales, d = map(x.by_group, (x.a, x.a_scales, x.d))
+    wrong = 0
+    for g in sorted({*range(0, len(x.counts), -(-len(x.counts) // 7)), len(x.counts) - 1}):
+        real = slice(x.counts[g])
+        wrong += wrong_bits((a[g, real], a_scales[g, real]), (x.b[g], x.b_scales[g]), d[g, real], (32, 256))
+        wrong += int((~d[g, x.counts[g] :].isnan()).any(1).sum())
+    return wrong
 
 
 def sustained_us(graph: torch.cuda.CUDAGraph, burst_us: float) -> float:
@@ -172,6 +169,17 @@ def sustained_us(graph: torch.cuda.CUDAGraph, burst_us: float) -> float:
     torch.cuda.synchronize()
     half = events[len(events) // 2 :]
     return statistics.median(a.elapsed_time(b) for a, b in pairwise(half)) * 1e3 / replays
+
+
+def take_turns(row: Row, implementations: dict[str, Callable[[], float]], turns: int) -> dict[str, float]:
+    """Puts medians and spreads into the row. Returns the medians, in us per graph."""
+    times: dict[str, list[float]] = {name: [] for name in implementations}
+    for _, (name, turn) in product(range(turns), implementations.items()):
+        times[name].append(turn())
+    burst = {name: statistics.median(values) for name, values in times.items()}
+    row["us"] |= {name: round(us / row["launches"], 3) for name, us in burst.items()}
+    row["spread"] = {name: round((max(values) - min(values)) / burst[name], 4) for name, values in times.items()}
+    return burst
 
 
 def measure(problem: Problem, l2_bytes: int, turns: int, sustained: bool) -> Row:
@@ -195,21 +203,57 @@ def measure(problem: Problem, l2_bytes: int, turns: int, sustained: bool) -> Row
     for x in sets:
         x.d.fill_(float("nan"))
     graphs[OURS].replay()
-    if wrong := wrong_bits(sets[0]) + wrong_bits(sets[-1]):
+    if wrong := sum(wrong_bits((x.a, x.a_scales), (x.b, x.b_scales), x.d) for x in (sets[0], sets[-1])):
         return row | {"error": f"{wrong} sampled elements differ from the exact reference"}
 
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _, (name, graph) in product(range(turns), graphs.items()):
-        time.sleep(PAUSE_S)
-        times[name].append(replay_us(graph, 1))
-    burst = {name: statistics.median(values) for name, values in times.items()}
-    row["us"] |= {name: round(us / row["launches"], 3) for name, us in burst.items()}
-    row["spread"] = {name: round((max(values) - min(values)) / burst[name], 4) for name, values in times.items()}
+    burst = take_turns(row, {name: partial(turn_us, graph) for name, graph in graphs.items()}, turns)
     if sustained and problem.m == SUSTAINED_M:
         row["us_sustained"] = dict.fromkeys(IMPLEMENTATIONS)
         for name, graph in graphs.items():
             time.sleep(0.3)
             row["us_sustained"][name] = round(sustained_us(graph, burst[name]) / row["launches"], 3)
+    return row
+
+
+def work(shape: grouped.Shape) -> Problem:
+    """The multiplication of the rows that are real, for its FLOP and bytes."""
+    return Problem(sum(shape.counts), shape.n, shape.k, Kind.CONTIGUOUS, shape.groups)
+
+
+def measure_grouped(shape: grouped.Shape, l2_bytes: int, turns: int, peer: Peer | None) -> Row:
+    """A row of a grouped family; without a peer the second implementation is cuBLASLt in a loop."""
+    problem, name = work(shape), FORK if peer else LOOP
+    row: Row = {
+        "family": shape.family,
+        "shape": shape.numbers,
+        "us": {OURS: None, name: None},
+        "flop": problem.flop,
+        "bytes": problem.bytes,
+    }
+    sets_count, row["launches"] = counts(problem, l2_bytes)
+    torch.manual_seed(0)
+    sets = [grouped.Operands.random(shape) for _ in range(sets_count)]
+    graphs = {OURS: capture(grouped.run, sets, row["launches"])}
+    for x in sets:
+        x.d.fill_(float("nan"))
+    graphs[OURS].replay()
+    if wrong := wrong_in_groups(sets[0]) + wrong_in_groups(sets[-1]):
+        return row | {"error": f"{wrong} sampled elements or rows differ from the exact reference"}
+    if peer is None:
+        graphs[LOOP] = capture(grouped.run_loop, sets, row["launches"])
+    turn_of: dict[str, Callable[[], float]] = {name: partial(turn_us, graph) for name, graph in graphs.items()}
+    torch.cuda.empty_cache()  # the peer's operands take as much memory again
+    try:
+        if peer:
+            about = {"family": shape.family, "shape": shape.numbers, "seed": 0}
+            peer.ask(about | {"sets": sets_count, "launches": row["launches"]})
+            turn_of[FORK] = lambda: peer.ask("replay")["us"]
+        take_turns(row, turn_of, turns)
+        if peer:
+            peer.ask("free")
+    except (RuntimeError, OSError) as error:
+        row.setdefault("refused", {})[name] = str(error)
+        take_turns(row, {OURS: turn_of[OURS]}, turns)
     return row
 
 
@@ -325,16 +369,18 @@ def commit() -> dict[str, Any]:
 
 
 def line_of(row: Row) -> str:
-    m, n, k = row["shape"]
-    head = f"{m:5d} {n:6d} {k:6d}"
+    dense = row["family"] == "dense"
+    m, n, k = row["shape"] if dense else (0, 0, 0)
+    head = f"{m:5d} {n:6d} {k:6d}" if dense else f"{row['family']:10} {', '.join(map(str, row['shape'])):27}"
     if "error" in row:
         return f"{head}  {row['error']}"
     cells = [f"{us:9.2f}" if us else f"{'-':>9}" for us in row["us"].values()]
-    ours, theirs = row["us"][OURS], row["us"][PEER]
+    ours, theirs = row["us"][OURS], row["us"][other(row)]
+    ratio = f"{ours / theirs:7.3f}" if theirs else f"{'-':>7}"
     speed = f"{row['flop'] / ours / 1e6:7.0f} TF {row['bytes'] / ours / 1e3:6.0f} GB/s"
     held = row.get("us_sustained")
     tail = f"  sustained {held[OURS]:.2f} ({held[OURS] / held[PEER]:.3f})" if held else ""
-    return f"{head} {' '.join(cells)} {ours / theirs:7.3f} {speed}{tail}"
+    return f"{head} {' '.join(cells)} {ratio} {speed}{tail}"
 
 
 def slug(gpu: str) -> str:
@@ -348,8 +394,9 @@ def as_text(about: Row, rows: Sequence[Row]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("bench.run", description="Our GEMM beside cuBLASLt on this GPU.")
-    parser.add_argument("--m", type=int, nargs="+", default=list(MS), help="rows of a")
+    parser = argparse.ArgumentParser("bench.run", description="Our GEMMs beside others on this GPU.")
+    parser.add_argument("--family", choices=FAMILIES, nargs="+", default=list(FAMILIES), help="default: all")
+    parser.add_argument("--m", type=int, nargs="+", default=list(MS), help="rows of a, dense")
     parser.add_argument("--n", type=int, nargs="+", help="only layers of these N")
     parser.add_argument("--k", type=int, nargs="+", help="only layers of these K")
     parser.add_argument("--quick", action="store_true", help="three turns instead of nine, nothing sustained")
@@ -361,6 +408,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bench: needs a Hopper GPU (compute capability 9.0) and a CUDA build of torch", file=sys.stderr)
         return 1
 
+    grouped_too = set(args.family) & {grouped.CONTIGUOUS, grouped.MASKED}
+    peer_folder = os.environ.get("DEEP_GEMM_PEER") if grouped_too else None
+    try:
+        peer = Peer(Path(peer_folder)) if peer_folder else None
+    except (RuntimeError, OSError) as error:
+        print(f"bench: DEEP_GEMM_PEER is {peer_folder}, expected a folder with sgl-deep-gemm: {error}", file=sys.stderr)
+        return 1
+
     torch.manual_seed(0)
     started = datetime.now(timezone.utc)
     gpu = machine()
@@ -369,24 +424,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     layers = [(n, k) for _, n, k in LAYERS if n in (args.n or [n]) and k in (args.k or [k])]
     ms: list[int] = args.m
-    for (n, k), m in product(layers, ms):
+    for (n, k), m in product(layers if "dense" in args.family else [], ms):
         rows.append(measure(Problem(m, n, k), gpu["l2_bytes"], turns, sustained))
         print(line_of(rows[-1]), flush=True)
+    shapes = [x for x in grouped.SHAPES if x.family in args.family and (x.n, x.k) in layers]
+    for shape in shapes:
+        rows.append(measure_grouped(shape, gpu["l2_bytes"], turns, peer))
+        print(line_of(rows[-1]), flush=True)
+    if peer:
+        peer.close()
     for reason in dict.fromkeys(f"{name}: {why}" for row in rows for name, why in row.get("refused", {}).items()):
         print(f"refused by {reason}")
     for m, mean in geometric_means(rows).items():
         print(f"M={m}: ours / tensor-wise {mean:.3f} (geometric mean)")
     for m, mean in geometric_means(rows, "us_sustained").items():
         print(f"M={m} sustained: ours / tensor-wise {mean:.3f} (geometric mean)")
+    for family, mean in family_means(rows).items():
+        print(f"{family}: ours / {mean.other} {mean.ratio:.3f} (geometric mean)")
     host = {"first_call_s": first_call_s(), "compile_all_s": compile_all_s(), "eager_call_us": eager_call_us()}
     print(f"{host}\n{(datetime.now(timezone.utc) - started).total_seconds():.0f} s")
 
-    complete = set(args.m) >= set(MS) and not (args.n or args.k or args.quick or args.no_sustained)
+    complete = set(args.m) >= set(MS) and set(args.family) == set(FAMILIES)
+    complete = complete and not (args.n or args.k or args.quick or args.no_sustained)
     if folder := args.output or (RESULTS if complete else None):
+        used = {FORK: peer.version} if peer else {}
         about = {"time": started.isoformat(timespec="seconds"), "note": args.note, **commit(), "machine": gpu}
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{started.date()}-{slug(gpu['gpu'])}.json"
-        path.write_text(as_text(about | {"versions": versions()} | host, rows))
+        path.write_text(as_text(about | {"versions": versions() | used} | host, rows))
         print(path)
     return int(any("error" in row for row in rows))
 

@@ -6,15 +6,17 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 START, END = "<!-- bench -->", "<!-- /bench -->"
 OURS, PEER = "deep_gemm", "cublaslt_tensorwise"
+FORK, LOOP = "sgl_deep_gemm", "cublaslt_loop"  # beside which grouped rows stand: one of them
+GROUPED = {"contiguous": "groups, M of each, N, K", "masked": "groups, max M, N, K, tokens of each"}
 
 Row = dict[str, Any]
 
@@ -23,9 +25,30 @@ def geometric_means(rows: Sequence[Row], field: str = "us") -> dict[int, float]:
     """For each M, the geometric mean of ours / cuBLASLt tensor-wise over its N, K."""
     ratios: dict[int, list[float]] = {}
     for row in rows:
-        if (us := row.get(field)) and us[OURS] and us[PEER]:
+        if row["family"] == "dense" and (us := row.get(field)) and us[OURS] and us[PEER]:
             ratios.setdefault(row["shape"][0], []).append(us[OURS] / us[PEER])
     return {m: statistics.geometric_mean(values) for m, values in ratios.items()}
+
+
+class Mean(NamedTuple):
+    other: str
+    ratio: float
+
+
+def other(row: Row) -> str:
+    """Beside what ours stands."""
+    return PEER if row["family"] == "dense" else next(name for name in row["us"] if name != OURS)
+
+
+def family_means(rows: Sequence[Row]) -> dict[str, Mean]:
+    """For each grouped family, the geometric mean of ours / the other."""
+    means: dict[str, Mean] = {}
+    for family in GROUPED:
+        measured = [row for row in rows if row["family"] == family and all(row["us"].values())]
+        if measured:
+            ratios = [row["us"][OURS] / row["us"][other(row)] for row in measured]
+            means[family] = Mean(other(measured[0]), statistics.geometric_mean(ratios))
+    return means
 
 
 def newest(folder: Path = RESULTS) -> Path | None:
@@ -46,15 +69,28 @@ def _teraflops(row: Row, field: str) -> str:
     return f"{us:.1f} ({row['flop'] / us / 1e6:.0f})" if us else "-"
 
 
-def _ratio(us: dict[str, float | None] | None) -> str:
-    return f"{ours / peer:.2f}" if us and (ours := us[OURS]) and (peer := us[PEER]) else "-"
+def _ratio(us: dict[str, float | None] | None, to: str = PEER) -> str:
+    return f"{ours / peer:.2f}" if us and (ours := us[OURS]) and (peer := us[to]) else "-"
+
+
+def _grouped(rows: Sequence[Row]) -> Iterator[str]:
+    """A table for each grouped family that was measured."""
+    for family, axes in GROUPED.items():
+        measured = [row for row in rows if row["family"] == family]
+        if measured:
+            yield from ("", _line(f"{family}: {axes}", "ours (TFLOPS)", other(measured[0]), "ratio"))
+            yield _line(*["---"] * 4)
+        for row in measured:
+            us, to = row["us"], other(row)
+            yield _line(", ".join(map(str, row["shape"])), _teraflops(row, "us"), _us(us[to]), _ratio(us, to))
 
 
 def render(results: Row, source: str) -> str:
-    """The text between the markers: M > 128 as prefill, in us and TFLOPS, the rest as decode, in us."""
+    """The text between the markers: M > 128 as prefill, in us and TFLOPS, the rest as decode, in us; then groups."""
     rows: list[Row] = results["rows"]
-    prefill = [row for row in rows if row["shape"][0] > 128]
-    decode = [row for row in rows if row["shape"][0] <= 128]
+    dense = [row for row in rows if row["family"] == "dense"]
+    prefill = [row for row in dense if row["shape"][0] > 128]
+    decode = [row for row in dense if row["shape"][0] <= 128]
     machine, versions = results["machine"], results["versions"]
     commit = results["commit"][:12] + " with local changes" * bool(results.get("dirty"))
     lines = [
@@ -81,8 +117,10 @@ def render(results: Row, source: str) -> str:
     lines += ["", _line("decode: N, K; us (ratio)", *(f"M={m}" for m in ms)), _line(*["---"] * (len(ms) + 1))]
     for n, k in dict.fromkeys((row["shape"][1], row["shape"][2]) for row in decode):
         lines.append(_line(f"{n}, {k}", *(cells.get((m, n, k), "-") for m in ms)))
+    lines += _grouped(rows)
     means = [f"M={m} {mean:.3f}" for m, mean in geometric_means(rows).items()]
     means += [f"M={m} sustained {mean:.3f}" for m, mean in geometric_means(rows, "us_sustained").items()]
+    means += [f"{family} {mean.ratio:.3f}" for family, mean in family_means(rows).items()]
     return "\n".join(
         [*lines, "", f"Geometric mean of the ratios: {', '.join(means)}. All figures: [{source}]({source})."]
     )

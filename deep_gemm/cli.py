@@ -1,6 +1,6 @@
 """The command line: `python -m deep_gemm`, or `deep-gemm`.
 
-demo     multiplies the linear layers of DeepSeek-V3, or of a checkpoint, and checks them
+demo     multiplies the linear layers of DeepSeek-V3, experts among them, or of a checkpoint, and checks them
 doctor   says what is found, what is missing and how to get it
 explain  prints the plan for a shape, what it costs and what came second
 """
@@ -22,11 +22,19 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import __version__, fp8_gemm_nt, reference, settings
+from . import (
+    __version__,
+    fp8_gemm_nt,
+    m_grouped_fp8_gemm_nt_contiguous,
+    m_grouped_fp8_gemm_nt_masked,
+    reference,
+    settings,
+)
+from .config import Config
 from .errors import DeepGemmError, InvalidInputError, MissingDependencyError
 from .heuristics import ranked
-from .layout import ceil_div, get_mn_major_tma_aligned_tensor
-from .problem import Problem, check_shape
+from .layout import ceil_div, get_mk_alignment_for_contiguous_layout, get_mn_major_tma_aligned_tensor
+from .problem import Kind, Problem, check_shape
 from .quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 from .runtime import device as devices
 from .runtime.compiler import Source, compile
@@ -44,6 +52,20 @@ LAYERS = (
     ("shared expert down", 7168, 2048),
 )
 DEFAULT_M = {"cuda": 4096, "cpu": 64}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The sizes of a layer of routed experts: every token goes to `top` of them."""
+
+    groups: int
+    hidden: int
+    intermediate: int
+    tokens: int
+    top: int
+
+
+EXPERTS = {"cuda": Experts(8, 7168, 2048, 512, 2), "cpu": Experts(4, 512, 256, 48, 2)}  # DeepSeek-V3's; small
 CHECKED_ROWS, CHECKED_COLUMNS = 16, 128
 PLAIN = ("BF16", "F16", "F32")  # dtypes of a checkpoint that are quantised, and that scales may have
 
@@ -104,6 +126,11 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="print the plan for a shape, without a GPU")
     for name, axis in (("m", "rows of a and d"), ("n", "rows of b, columns of d"), ("k", "columns of a and b")):
         explain.add_argument(name, type=_positive, metavar=name.upper(), help=axis)
+    explain.add_argument("--groups", type=_positive, default=1, help="of a grouped multiplication (default: 1)")
+    explain.add_argument(
+        "--layout", choices=("contiguous", "masked"), help="of the groups: M is of all of them, or room for each"
+    )
+    explain.add_argument("--expected-m", type=_positive, help="rows that a group probably has, masked (default: M)")
     explain.add_argument("--sms", type=_positive, help="SMs to use (default: all)")
     explain.add_argument("--device", choices=("h200", "current"), default="h200", help="plan for (default: h200)")
     explain.set_defaults(run=_explain)
@@ -130,18 +157,20 @@ def _demo(args: argparse.Namespace) -> int:
     )
     print(f"d = a @ b.T, E4M3 x E4M3 -> BF16 on {hardware}; scales of a per 1x128, of b per 128x128")
     width = max((len(layer.name) for layer in layers), default=5)
+    width = width if args.weights else max(width, len("experts gate + up, contiguous"))
     print(f"{'layer':{width}}      M      N      K   device        time        speed    error  checked against float64")
-    failed = 0
+    held: list[bool] = []
     # disable=None: no bar unless stderr is a terminal.
     for layer in tqdm(layers, unit="layer", leave=False, disable=None):
         row, holds = _multiply(layer, m, device)
         tqdm.write(f"{layer.name:{width}} {row}")
-        failed += not holds
+        held.append(holds)
+    for name, row, holds in () if args.weights else _multiply_experts(EXPERTS[device.type], device):
+        print(f"{name:{width}} {row}")
+        held.append(holds)
+    failed = held.count(False)
     if failed:
-        print(
-            f"deep-gemm: {failed} of {len(layers)} products are further from float64 than the bound allows",
-            file=sys.stderr,
-        )
+        print(f"deep-gemm: {failed} of {len(held)} checks do not hold: see OUTSIDE and DIFFER above", file=sys.stderr)
     return int(failed > 0)
 
 
@@ -248,7 +277,6 @@ def _speed(problem: Problem, us: float, device_type: str) -> str:
 
 def _multiply(layer: Layer, m: int, device: torch.device) -> tuple[str, bool]:
     """A row of the table, and whether every checked element is within the bound."""
-    problem = Problem(m, layer.n, layer.k)
     torch.manual_seed(0)
     b = layer.load(device)
     a, a_scales = per_token_cast_to_fp8(torch.randn(m, layer.k, device=device))
@@ -256,12 +284,103 @@ def _multiply(layer: Layer, m: int, device: torch.device) -> tuple[str, bool]:
     d = torch.full((m, layer.n), float("nan"), dtype=torch.bfloat16, device=device)
     us = _time_us(lambda: fp8_gemm_nt(a, b, d), device)
     error, checked, outside = _check(a, b, d)
+    return _row(Problem(m, layer.n, layer.k), us, device, error, checked, outside), not outside
+
+
+def _row(problem: Problem, us: float, device: torch.device, error: float, checked: int, outside: int) -> str:
     speed = _speed(problem, us, device.type)
     duration = f"{us:.1f} us" if us < 1e4 else f"{us / 1e3:.0f} ms"
     verdict = f"{outside} of {checked} OUTSIDE the bound" if outside else f"{checked} within the bound"
     verdict = verdict if checked else "not checked: not finite in BF16"
-    row = f"{m:6d} {layer.n:6d} {layer.k:6d}   {device.type:6} {duration:>11} {speed:>12} {error:8.1e}  {verdict}"
-    return row, not outside
+    shape = f"{problem.m:6d} {problem.n:6d} {problem.k:6d}"
+    return f"{shape}   {device.type:6} {duration:>11} {speed:>12} {error:8.1e}  {verdict}"
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Where a layout has the rows of all groups, and how they are multiplied.
+
+    shape: of a and d before their columns. slots: [rows], the place of every row, as if shape were flat.
+    run: the call, given a, b [G, N, K] and d.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    slots: torch.Tensor
+    run: Callable[[Weight, Weight, torch.Tensor], None]
+
+
+def _arrangements(group: torch.Tensor, size: Experts) -> Iterator[Arrangement]:
+    """Both layouts for rows of ascending groups: group [rows] says whose each is."""
+    counts = group.bincount(minlength=size.groups)
+    rank = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
+
+    alignment = get_mk_alignment_for_contiguous_layout()
+    room = -(-counts // alignment) * alignment
+    slots = (room.cumsum(0) - room)[group] + rank
+    groups_of_rows = torch.full((int(room.sum()),), -1, dtype=torch.int32, device=group.device)
+    groups_of_rows[slots] = group.int()
+    yield Arrangement(
+        "contiguous",
+        tuple(groups_of_rows.shape),
+        slots,
+        lambda a, b, d: m_grouped_fp8_gemm_nt_contiguous(a, b, d, groups_of_rows),
+    )
+
+    masked_m, expected_m = counts.int(), ceil_div(len(group), size.groups)
+    yield Arrangement(
+        "masked",
+        (size.groups, size.tokens),
+        group * size.tokens + rank,
+        lambda a, b, d: m_grouped_fp8_gemm_nt_masked(a, b, d, masked_m, expected_m),
+    )
+
+
+def _multiply_experts(size: Experts, device: torch.device) -> Iterator[tuple[str, str, bool]]:
+    """A mixture of experts, gate and up, SwiGLU, down, in both layouts: rows of the table, and whether each holds."""
+    torch.manual_seed(0)
+    tokens = torch.randn(size.tokens, size.hidden, device=device)
+    chosen = torch.rand(size.tokens, size.groups, device=device).topk(size.top).indices.flatten()
+    order = chosen.argsort(stable=True)
+    group, routed = chosen[order], tokens[order // size.top]
+    gate_up, down = (
+        per_block_cast_to_fp8(torch.randn(size.groups, n, k, device=device))
+        for n, k in ((2 * size.intermediate, size.hidden), (size.hidden, size.intermediate))
+    )
+    results: list[torch.Tensor] = []
+    for layout in _arrangements(group, size):
+        between, row, holds = _multiply_groups(routed, gate_up, group, layout)
+        yield f"experts gate + up, {layout.name}", row, holds
+        gate, up = between.float().chunk(2, dim=-1)
+        result, row, holds = _multiply_groups(torch.nn.functional.silu(gate) * up, down, group, layout)
+        yield f"experts down, {layout.name}", row, holds
+        results.append(result)
+    differing = int((results[0].view(torch.int16) != results[1].view(torch.int16)).sum())
+    verdict = f"{differing} elements of the layouts DIFFER" if differing else "the same bits in both layouts"
+    row = f"{size.tokens} tokens, each to {size.top} of {size.groups} experts: {verdict}"
+    yield "experts, result", row, not differing
+
+
+def _multiply_groups(
+    rows: torch.Tensor, b: Weight, group: torch.Tensor, layout: Arrangement
+) -> tuple[torch.Tensor, str, bool]:
+    """The product of every row with its group's b, a row of the table, and whether what was checked is in the bound."""
+    (groups, n, k), device = b[0].shape, rows.device
+    x = rows.new_zeros(*layout.shape, k)
+    x.view(-1, k)[layout.slots] = rows
+    values, scales = per_token_cast_to_fp8(x)
+    a = values, get_mn_major_tma_aligned_tensor(scales)
+    d = torch.full((*layout.shape, n), float("nan"), dtype=torch.bfloat16, device=device)
+    us = _time_us(lambda: layout.run(a, b, d), device)
+    result = d.view(-1, n)[layout.slots]
+    error, checked, outside = 0.0, 0, 0
+    for g in group.unique().tolist():
+        mine = layout.slots[group == g]
+        few = values.view(torch.uint8).view(-1, k)[mine].view(values.dtype), scales.flatten(0, -2)[mine]
+        found = _check(few, (b[0][g], b[1][g]), result[group == g])
+        error, checked, outside = max(error, found[0]), checked + found[1], outside + found[2]
+    problem = Problem(len(rows), n, k, Kind.CONTIGUOUS, groups)
+    return result, _row(problem, us, device, error, checked, outside), not outside
 
 
 def _time_us(run: Callable[[], None], device: torch.device) -> float:
@@ -435,18 +554,36 @@ def _first_line(error: Exception) -> str:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    check_shape(args.m, args.n, args.k)
+    problem = _problem(args)
     device = devices.current() if args.device == "current" else devices.H200
     device.require_hopper()
     if args.sms and args.sms > device.num_sms:
         raise InvalidInputError(f"--sms is {args.sms}, expected at most {device.num_sms}, what {device.name} has")
-    m, n, k, sms = args.m, args.n, args.k, args.sms or device.num_sms
-    problem = Problem(m, n, k)
-    first, second, *others = ranked(problem, device, sms)
-    print(f"d[{m}, {n}] = a[{m}, {k}] @ b[{n}, {k}].T on {device.name}, {sms} SMs")
+    first, second, *others = ranked(problem, device, Config(num_sms=args.sms))
+    m, n, k, groups = problem.m, problem.n, problem.k, problem.groups
+    of_rows = f"{groups}, " if problem.kind == Kind.MASKED else ""
+    of_b = f"{groups}, " if problem.kind != Kind.DENSE else ""
+    product = f"d[{of_rows}{m}, {n}] = a[{of_rows}{m}, {k}] @ b[{of_b}{n}, {k}].T"
+    print(f"{product} on {device.name}, {args.sms or device.num_sms} SMs")
     work, size = problem.flop, problem.bytes
     print(f"work       {work / 1e9:.4g} GFLOP, {size / 1e6:.4g} MB: {work / size:.0f} FLOP per byte")
     for name, plan in (("plan", first), ("runner-up", second)):
         print(f"{name:10} {plan}\n{'':10} {plan.cost}")
     print(f"{'':10} {second.cost.us / first.cost.us - 1:.1%} behind; {len(others)} more plans are legal")
     return 0
+
+
+def _problem(args: argparse.Namespace) -> Problem:
+    """Raises: InvalidInputError for a shape that cannot be multiplied, and for options that do not go together."""
+    check_shape(args.m, args.n, args.k, args.groups)
+    if args.layout != "masked" and args.expected_m:
+        raise InvalidInputError(f"--expected-m is {args.expected_m}, expected none without --layout masked")
+    if args.layout == "contiguous":
+        alignment = get_mk_alignment_for_contiguous_layout()
+        return Problem(args.m, args.n, args.k, Kind.CONTIGUOUS, args.groups, alignment=alignment)
+    if args.layout == "masked":
+        expected_m = min(args.expected_m or args.m, args.m)
+        return Problem(args.m, args.n, args.k, Kind.MASKED, args.groups, expected_m)
+    if args.groups > 1:
+        raise InvalidInputError(f"--groups is {args.groups}, expected 1 without --layout contiguous or masked")
+    return Problem(args.m, args.n, args.k)

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from . import problem, reference, settings
+from . import config, problem, reference, settings
+from .config import Config
 from .heuristics import choose
+from .layout import get_mk_alignment_for_contiguous_layout
 from .plan import Plan
 from .problem import Operands, Pair, Problem
 from .runtime import device
-from .runtime.launch import launch
+from .runtime.launch import launch, prepare
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _also_by(**older: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Lets keywords go by older names as well: older name = name."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def call(*args: Any, **keywords: Any) -> R:
+            for old in older.keys() & keywords.keys():
+                if older[old] in keywords:
+                    raise TypeError(f"{function.__name__}() got {older[old]} twice, as {old} too: pass it once")
+                keywords[older[old]] = keywords.pop(old)
+            return function(*args, **keywords)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
 
 
 def fp8_gemm_nt(
@@ -37,7 +60,9 @@ def fp8_gemm_nt(
             multiple of 8. Scales with any strides.
         d: BF16 [M, N], inner stride 1, row stride a multiple of 8. The caller owns it; nothing else is written. It may
             not overlap another operand. Autograd sees none of this.
-        c, recipe, recipe_a, recipe_b: None, or what goes with block scales: recipe (1, 128, 128).
+        c: None; with recipe (1, 1, 128) what is added, FP32 [M, N], and d itself will do.
+        recipe, recipe_a, recipe_b: None, or block scales as above, (1, 128, 128). With (1, 1, 128), for weight
+            gradients, b's scales are FP32 [N, ceil(K / 128)], one per row and 128 columns like a's, and d is FP32.
         compiled_dims: taken for compatibility; a kernel serves every M, N and K.
         disable_ue8m0_cast: taken for compatibility; Hopper multiplies with the FP32 scales as they are.
 
@@ -46,15 +71,14 @@ def fp8_gemm_nt(
 
     Raises:
         InvalidInputError: an operand that does not fit, before anything is launched.
-        NotImplementedError: recipe (1, 1, 128).
         UnsupportedDeviceError: a GPU that is not Hopper.
         MissingDependencyError: a CUDA package that is not installed, with the command that brings it.
         CompileError, LaunchError: what the compiler or the driver refuses.
 
     Source: block scales and two-level accumulation as in the DeepSeek-V3 report (arXiv 2412.19437), section 3.5.2.
     """
-    problem.check_options(c, recipe, recipe_a, recipe_b, compiled_dims)
-    _run(*problem.dense(a, b, d))
+    column_scales = problem.check_options(c, recipe, recipe_a, recipe_b, compiled_dims)
+    _run(*problem.dense(a, b, d, c, column_scales))
 
 
 def fp8_gemm_nn(
@@ -107,26 +131,163 @@ def gemm_fp8_fp8_bf16_nt(lhs: Pair, rhs: Pair, out: torch.Tensor) -> None:
     fp8_gemm_nt(lhs, rhs, out)
 
 
+@_also_by(m_indices="grouped_layout")
+def m_grouped_fp8_gemm_nt_contiguous(
+    a: Pair,
+    b: Pair,
+    d: torch.Tensor,
+    grouped_layout: torch.Tensor,
+    recipe: Sequence[int] | None = None,
+    recipe_a: Sequence[int] | None = None,
+    recipe_b: Sequence[int] | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+    use_psum_layout: bool = False,
+    ensure_zero_padding: bool = True,
+    expected_m_for_psum_layout: int | None = None,
+) -> None:
+    """d[row] = a[row] @ b[group of row].T: rows of many groups, one group behind the other, each with its own b.
+
+    Args:
+        a: (values E4M3 [M, K], scales FP32 [M, ceil(K / 128)]), as for `fp8_gemm_nt`.
+        b: (values E4M3 [G, N, K], scales FP32 [G, ceil(N / 128), ceil(K / 128)]).
+        d: BF16 [M, N].
+        grouped_layout (once m_indices): int32 [M], contiguous, on the same device: the group of every row. What is not
+            in 0 .. G - 1 is a padding row, -1 by convention. Groups start at multiples of
+            `get_mk_alignment_for_contiguous_layout()`. It is read on the device alone.
+        use_psum_layout: grouped_layout is int32 [G] instead: group g has the rows from the first multiple of the
+            alignment after grouped_layout[g - 1] up to, not including, grouped_layout[g].
+        ensure_zero_padding: padding rows of d become zeros; otherwise they are not written. With use_psum_layout, those
+            up to the next multiple of the alignment; rows behind the last group's are not written at all.
+        expected_m_for_psum_layout: about how many rows a group has, a hint.
+        The others as for `fp8_gemm_nt`.
+
+    A row has the bits that `fp8_gemm_nt` gives it with its group's b. What a padding row holds influences nothing.
+
+    Raises: as `fp8_gemm_nt`.
+    """
+    problem.check_options(None, recipe, recipe_a, recipe_b, compiled_dims, dense=False)
+    alignment = get_mk_alignment_for_contiguous_layout()
+    expected = expected_m_for_psum_layout
+    _run(*problem.contiguous(a, b, d, grouped_layout, use_psum_layout, alignment, expected, ensure_zero_padding))
+
+
+@_also_by(m_indices="grouped_layout")
+def m_grouped_fp8_gemm_nn_contiguous(
+    a: Pair,
+    b: Pair,
+    d: torch.Tensor,
+    grouped_layout: torch.Tensor,
+    recipe: Sequence[int] | None = None,
+    recipe_a: Sequence[int] | None = None,
+    recipe_b: Sequence[int] | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+    use_psum_layout: bool = False,
+    ensure_zero_padding: bool = True,
+) -> None:
+    """`m_grouped_fp8_gemm_nt_contiguous` with b [G, K, N] and its scales, views of K-major memory."""
+    m_grouped_fp8_gemm_nt_contiguous(
+        a, _transposed(b), d, grouped_layout, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast,
+        use_psum_layout, ensure_zero_padding,
+    )  # fmt: skip
+
+
+def m_grouped_fp8_gemm_nt_masked(
+    a: Pair,
+    b: Pair,
+    d: torch.Tensor,
+    masked_m: torch.Tensor,
+    expected_m: int,
+    recipe: Sequence[int] | None = None,
+    recipe_a: Sequence[int] | None = None,
+    recipe_b: Sequence[int] | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+) -> None:
+    """d[g, :masked_m[g]] = a[g, :masked_m[g]] @ b[g].T for every group g; for CUDA graphs, where shapes may not change.
+
+    Args:
+        a: (values E4M3 [G, max_m, K], scales FP32 [G, max_m, ceil(K / 128)]).
+        b: (values E4M3 [G, N, K], scales FP32 [G, ceil(N / 128), ceil(K / 128)]).
+        d: BF16 [G, max_m, N]. Rows from masked_m[g] on are not written, and what a holds there influences nothing.
+        masked_m: int32 [G], contiguous, on the same device, which alone reads it. Less than 0 is 0, more than max_m is
+            max_m.
+        expected_m: about how many rows a group has, a hint.
+        The others as for `fp8_gemm_nt`.
+
+    A row has the bits that `fp8_gemm_nt` gives it with its group's b.
+
+    Raises: as `fp8_gemm_nt`.
+    """
+    problem.check_options(None, recipe, recipe_a, recipe_b, compiled_dims, dense=False)
+    _run(*problem.masked(a, b, d, masked_m, expected_m))
+
+
+@_also_by(ks="ks_cpu", ks_tensor="grouped_layout")
+def k_grouped_fp8_gemm_nt_contiguous(
+    a: Pair,
+    b: Pair,
+    d: torch.Tensor,
+    ks_cpu: Sequence[int] | None,
+    grouped_layout: torch.Tensor | None,
+    c: torch.Tensor | None = None,
+    recipe: Sequence[int] = (1, 1, 128),
+    compiled_dims: str = "mn",
+    use_psum_layout: bool = False,
+) -> None:
+    """d[g] = c[g] + a_g @ b_g.T, where group g has its own columns along K: the weight gradients of many groups.
+
+    Args:
+        a: (values E4M3 [sum(K) * M], scales FP32 [M, sum(K) / 128]): for every group its [M, K_g], K-major, one behind
+            the other and flat; scales per row and 128 columns, those of all groups side by side.
+        b: (values E4M3 [sum(K) * N], scales FP32 [N, sum(K) / 128]), likewise.
+        d: FP32 [G, M, N].
+        ks_cpu (once ks): K of every group, multiples of 128, or None if the device alone knows.
+        grouped_layout (once ks_tensor): the same, int32 [G] on the device, which is what is multiplied by; None:
+            made from ks_cpu.
+        c: FP32 [G, M, N], and d itself will do; None: zeros.
+        recipe: (1, 1, 128).
+        use_psum_layout: grouped_layout holds running ends instead: group g has the columns from the first multiple of
+            the alignment after grouped_layout[g - 1] up to grouped_layout[g], in rows padded to 128.
+        compiled_dims: taken for compatibility.
+
+    Raises: as `fp8_gemm_nt`.
+    """
+    problem.check_k_grouped_options(recipe, compiled_dims)
+    alignment = get_mk_alignment_for_contiguous_layout()
+    _run(*problem.k_grouped(a, b, d, ks_cpu, grouped_layout, c, use_psum_layout, alignment))
+
+
 def _transposed(pair: Pair) -> Pair:
-    """The pair with both tensors transposed; what is no pair of matrices is left for the check to reject."""
-    if isinstance(pair, (tuple, list)) and all(isinstance(x, torch.Tensor) and x.dim() == 2 for x in pair):
-        return tuple(x.t() for x in pair)  # type: ignore[return-value]
+    """The pair with the last two dimensions of both swapped; what is no pair is left for the check to reject."""
+    if isinstance(pair, (tuple, list)) and all(isinstance(x, torch.Tensor) and x.dim() in (2, 3) for x in pair):
+        return tuple(x.mT for x in pair)  # type: ignore[return-value]
     return pair
 
 
 def _run(problem: Problem, operands: Operands) -> None:
     if problem.is_empty:
         return
-    if operands.a.device.type == "cpu":
-        return reference.run(operands.a, operands.a_scales, operands.b, operands.b_scales, operands.d)
-    launch(_plan(problem.m, problem.n, problem.k, operands.a.device.index, device.num_sms_set()), operands)
+    index = operands.d.device.index
+    if operands.d.device.type == "cpu":
+        if not config.get_compile_mode():
+            reference.multiply(problem, operands)
+        return
+    plan = _plan(problem, index, config.current())
+    if config.get_compile_mode():
+        prepare(plan, index)
+    elif problem.k == 0:  # no group has any columns
+        operands.d.zero_() if operands.c is None else operands.d.copy_(operands.c)
+    else:
+        launch(plan, operands)
 
 
 @lru_cache(maxsize=4096)
-def _plan(m: int, n: int, k: int, device_index: int, num_sms: int | None) -> Plan:
-    problem, hopper = Problem(m, n, k), device.current(device_index)
+def _plan(problem: Problem, device_index: int, settings_now: Config) -> Plan:
+    hopper = device.current(device_index)
     hopper.require_hopper()
-    plan = choose(problem, hopper, num_sms)
+    plan = choose(problem, hopper, settings_now)
     if settings.get("DG_PRINT_CONFIGS"):
         print(f"deep_gemm: {problem}: {plan}", file=sys.stderr)
     return plan

@@ -41,6 +41,7 @@ class Tile:
         unroll: K blocks between two points where the tensor cores are waited for.
         stages: K blocks in flight in shared memory.
         cluster_m, cluster_n: CTAs that share tiles of b (neighbours along M) or of a (along N) by multicast.
+        column_scales: a scale per row of b and 128 columns, and FP32 results, instead of one per 128x128, and BF16.
     """
 
     block_m: int
@@ -51,6 +52,7 @@ class Tile:
     stages: int
     cluster_m: int
     cluster_n: int
+    column_scales: bool = False
 
     @property
     def warpgroups(self) -> int:
@@ -77,20 +79,21 @@ class Tile:
     @property
     def registers(self) -> tuple[int, int]:
         """What setmaxnreg leaves a consumer thread and one of the last warpgroup; a sole consumer group needs none."""
-        return (240, 24) if self.accumulators == 192 else (160, 32) if self.warpgroups == 3 else (232, 40)
+        return (152, 56) if self.warpgroups == 3 else (232, 40)
 
     @property
     def smem_bytes(self) -> int:
         """The size of the kernel's SharedStorage, which asserts it."""
-        result = self.block_m * self.block_n * 2
-        operands = (self.block_m + self.block_n) * BLOCK_K * self.stages
-        size = operands + result + self.stages * (self.block_m * 4 + 16 + 2 * 8) + 2 * 8
-        return align(size, 1024)
+        operands = (self.block_m + self.block_n) * BLOCK_K
+        result = 128 if self.column_scales else self.block_m * self.block_n * 2
+        scales = self.block_m * 4 + (self.block_n * 4 if self.column_scales else 16)
+        tiles_and_barriers = 4 * 32 + (self.stages + 4 + 1) * 2 * 8
+        return align(self.stages * (operands + scales) + result + tiles_and_barriers, 1024)
 
     @property
     def name(self) -> str:
         cluster = f" cluster {self.cluster_m}x{self.cluster_n}" if self.cluster > 1 else ""
-        return f"{self.block_m}x{self.block_n}{cluster}"
+        return f"{self.block_m}x{self.block_n}{cluster}{' with column scales' if self.column_scales else ''}"
 
     def render(self, wait_limit: int = 0) -> str:
         """The text of config.cuh. `wait_limit`: about how many seconds a barrier may be waited for, 0 for ever."""
@@ -102,13 +105,12 @@ class Tile:
             "producer_registers": producer,
             "wait_limit": wait_limit,
         }
-        lines = [f"constexpr int {name.upper()} = {value};" for name, value in constants.items()]
+        lines = [f"constexpr int {name.upper()} = {int(value)};" for name, value in constants.items()]
         return "\n".join([_HEADER, *lines, "", _wgmma(self.chunk_n)])
 
     def source(self, wait_limit: int = 0) -> Source:
         """The kernel for this tile, ready to be compiled."""
-        text, headers = _kernel_text()
-        return Source(f"{ENTRY}.cu", text, (("config.cuh", self.render(wait_limit)), *headers))
+        return _source(f"{ENTRY}.cu", self.render(wait_limit))
 
 
 _HEADER = """\
@@ -136,11 +138,17 @@ DEVICE void wgmma(float (&d)[{registers}], uint64_t a, uint64_t b, bool accumula
 
 
 @cache
-def _kernel_text() -> tuple[str, tuple[tuple[str, str], ...]]:
+def _kernel_texts() -> dict[str, str]:
     folder = Path(__file__).parent / "kernels"
-    names = ["scheduler.cuh", *(f"ptx/{part}.cuh" for part in ("base", "barrier", "tma", "wgmma", "matrix"))]
-    headers = tuple((name, (folder / name).read_text()) for name in names)
-    return (folder / f"{ENTRY}.cu").read_text(), headers
+    names = [f"{ENTRY}.cu", "describe.cu", "scheduler.cuh"]
+    names += [f"ptx/{part}.cuh" for part in ("base", "barrier", "tma", "wgmma", "matrix")]
+    return {name: (folder / name).read_text() for name in names}
+
+
+def _source(name: str, config: str) -> Source:
+    texts = _kernel_texts()
+    headers = tuple((header, text) for header, text in texts.items() if header.endswith(".cuh"))
+    return Source(name, texts[name], (("config.cuh", config), *headers))
 
 
 @dataclass(frozen=True)
@@ -170,12 +178,16 @@ class Plan:
     Attributes:
         ctas: the grid; persistent, so never more than there are SMs.
         band: rows of tiles (of clusters) that are walked together, so that operands are found in L2.
+        tc_util: percent of the tensor cores' peak that may be used.
+        pdl: whether the launch may overlap with the kernel before it.
     """
 
     problem: Problem
     tile: Tile
     ctas: int
     band: int
+    tc_util: int
+    pdl: bool
     cost: Cost
 
     def __str__(self) -> str:
@@ -186,7 +198,7 @@ class Plan:
         )
 
 
-def make_tile(block_m: int, block_n: int, cluster_m: int = 1, cluster_n: int = 1) -> Tile:
+def make_tile(block_m: int, block_n: int, cluster_m: int = 1, cluster_n: int = 1, column_scales: bool = False) -> Tile:
     """The tile of that shape, with everything that follows from the shape.
 
     Two banks keep a wgmma queued during promotion, and need registers for two chunks; a third warpgroup fills the gap
@@ -195,10 +207,22 @@ def make_tile(block_m: int, block_n: int, cluster_m: int = 1, cluster_n: int = 1
     chunk_n, banks = (block_n, 2) if block_n <= 128 else WIDE[block_n]
     if block_m == 192:
         chunk_n, banks = block_n, 1
+    if column_scales:
+        chunk_n, banks = min(block_n, 64), 2  # scales of a chunk's columns take registers as well
 
-    unroll = 1 if banks == 1 else 8 if chunk_n == block_n else 4 if chunk_n <= 80 else 2
+    if banks == 1:
+        unroll = 1
+    elif chunk_n == block_n and block_n != 112:  # whose chunks leave too few registers
+        unroll = 8
+    else:
+        unroll = 4 if chunk_n <= 80 or chunk_n == 112 else 2
 
     def tile(stages: int) -> Tile:
-        return Tile(block_m, block_n, chunk_n, banks, unroll, stages, cluster_m, cluster_n)
+        return Tile(block_m, block_n, chunk_n, banks, unroll, stages, cluster_m, cluster_n, column_scales)
 
     return tile(max(s for s in range(1, MAX_STAGES + 1) if tile(s).smem_bytes <= MAX_SMEM_BYTES))
+
+
+def describing_source() -> Source:
+    """The kernel that describes groups along K to the copy engine; the same for every tile."""
+    return _source("describe.cu", make_tile(64, 32, column_scales=True).render())

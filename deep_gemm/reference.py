@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from .errors import InvalidInputError
+from .layout import align, ceil_div
+from .problem import Kind, Operands, Problem
 
 Floats: TypeAlias = NDArray[np.float32]
 
@@ -66,6 +68,76 @@ def run(
 ) -> None:
     """Writes fp8_gemm_nt(...), rounded to BF16, into d [M, N]."""
     d.copy_(to_bf16(fp8_gemm_nt(a, a_scales, b, b_scales, exact=exact)))
+
+
+@torch.no_grad()
+def multiply(problem: Problem, o: Operands, *, exact: bool = False) -> None:
+    """Writes into o.d what the kernel writes there, for every kind of problem; the other rows of d stay as they are."""
+    row_scales = fp8_gemm_nt_per_column_scales if problem.column_scales else fp8_gemm_nt
+    if problem.column_scales:
+        for d, c, a, a_scales, b, b_scales in _column_scaled(problem, o):
+            total = row_scales(a, a_scales, b, b_scales, exact=exact)
+            d.copy_(total if c is None else _with_one_nan(c + total))
+        return
+    for group, rows in _rows_of_groups(problem, o.layout):
+        a, d, a_scales = (x[group] if x.dim() == 3 else x for x in (o.a, o.d, o.a_scales))
+        b, b_scales = (x[group] if x.dim() == 3 else x for x in (o.b, o.b_scales))
+        picked = a.view(torch.uint8)[rows].view(a.dtype)
+        d[rows] = to_bf16(row_scales(picked, a_scales[rows], b, b_scales, exact=exact))
+    if o.clear_padding:
+        o.d[_padding(problem, o.layout)] = 0
+
+
+def _rows_of_groups(problem: Problem, layout: torch.Tensor | None) -> Iterator[tuple[int, slice | torch.Tensor]]:
+    """Every group, and which rows are its own."""
+    if layout is None:
+        yield 0, slice(None)
+    elif problem.kind == Kind.CONTIGUOUS:
+        yield from ((group, (layout == group).nonzero()[:, 0]) for group in range(problem.groups))
+    elif problem.kind == Kind.MASKED:
+        counts = layout.clamp(0, problem.m).tolist()
+        yield from ((group, slice(count)) for group, count in enumerate(counts))
+    else:
+        yield from ((group, slice(start, end)) for group, (start, end) in enumerate(_ranges(problem, layout)))
+
+
+def _padding(problem: Problem, layout: torch.Tensor | None) -> torch.Tensor:
+    """The rows that are padding, and become zeros."""
+    assert layout is not None
+    if problem.kind == Kind.CONTIGUOUS:
+        return ((layout < 0) | (layout >= problem.groups)).nonzero()[:, 0]
+    gaps = [range(end, min(align(end, problem.alignment), problem.m)) for end in layout.clamp(0, problem.m).tolist()]
+    return torch.tensor([row for gap in gaps for row in gap], dtype=torch.int64, device=layout.device)
+
+
+def _ranges(problem: Problem, layout: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """First and last row, or column along K, of every group. Whatever layout holds, they lie within the tensors."""
+    size = problem.k if problem.kind in (Kind.K_GROUPED, Kind.K_ENDS) else problem.m
+    end = 0
+    for number in layout.clamp(0, size).tolist():
+        if problem.kind == Kind.K_GROUPED:
+            start, end = min(end, size), min(end + number // BLOCK * BLOCK, size)
+            yield start, end
+        else:
+            start, end = align(end, problem.alignment), number
+            yield start, max(start, end)
+
+
+def _column_scaled(
+    problem: Problem, o: Operands
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """d, c, a, its scales, b, its scales of every multiplication; where K is grouped, of every group's."""
+    if o.layout is None:
+        yield o.d, o.c, o.a, o.a_scales, o.b, o.b_scales
+        return
+    for group, (start, end) in enumerate(_ranges(problem, o.layout)):
+        width, blocks = align(end - start, BLOCK), slice(start // BLOCK, ceil_div(end, BLOCK))
+        a, b = (
+            x[start * rows : (start + width) * rows].view(rows, width)[:, : end - start]
+            for x, rows in ((o.a, problem.m), (o.b, problem.n))
+        )
+        c = None if o.c is None else o.c[group]
+        yield o.d[group], c, a, o.a_scales[:, blocks], b, o.b_scales[:, blocks]
 
 
 def to_bf16(x: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,8 @@ Flag: TypeAlias = Literal[
     "DG_JIT_DUMP_PTX",
     "DG_JIT_DUMP_SASS",
     "DG_JIT_PRINT_LOAD_TIME",
+    "DG_DISABLE_FFMA_INTERLEAVE",
+    "DG_PRINT_REG_REUSE",
     "DG_USE_NVIDIA_TOOLS",
 ]
 
@@ -111,11 +113,19 @@ _TABLE = {
         Setting("DG_JIT_DUMP_SASS", (), _flag, "0", "keep the SASS beside the cubin; needs nvdisasm"),
         Setting("DG_JIT_PRINT_LOAD_TIME", (), _flag, "0", "print how long the driver takes to load each kernel"),
         Setting(
+            "DG_DISABLE_FFMA_INTERLEAVE",
+            (),
+            _flag,
+            "0",
+            "leave the FFMAs of the promotion as compilers before 12.9 make them; later ones interleave them",
+        ),
+        Setting("DG_PRINT_REG_REUSE", (), _flag, "0", "print the yield and reuse bits of FFMAs of every compilation"),
+        Setting(
             "DG_USE_NVIDIA_TOOLS",
             (),
             _flag,
             "0",
-            "taken for compatibility; we start no profiler that one of NVIDIA could disturb",
+            "bench_kineto starts no profiler that would disturb one of NVIDIA's, and returns 1.0",
         ),
         Setting("CUDA_HOME", ("CUDA_PATH",), _folder, "/usr/local/cuda", "the CUDA toolkit, where one is needed"),
     )

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import run, table
+from bench import grouped, run, table
+from bench.peer import Peer
+from deep_gemm import problem as problems
+from deep_gemm import reference
 from deep_gemm.cli import LAYERS
 from deep_gemm.problem import Problem
 
@@ -132,3 +135,109 @@ def test_a_first_call_is_timed_in_a_process_of_its_own():
 def test_compiling_is_timed_on_as_many_cores_as_asked_for():
     taken = run.compile_all_s(cores=1, most=2)
     assert taken["cores"] == 1 and 0 < taken["seconds"] < 60
+
+
+def grouped_rows() -> list[table.Row]:
+    return [
+        {"family": x.family, "shape": x.numbers, "us": {"deep_gemm": 8.0, "sgl_deep_gemm": 10.0}}
+        | {"flop": run.work(x).flop, "bytes": run.work(x).bytes}
+        for x in grouped.SHAPES
+    ]
+
+
+@pytest.mark.parametrize("shape", grouped.SHAPES)
+def test_grouped_operands_never_fit_in_l2_and_twice_in_memory(shape: grouped.Shape):
+    assert grouped.Shape.of(shape.family, shape.numbers) == shape
+    sets, launches = run.counts(run.work(shape), H200_L2)
+    assert (sets - 1) * run.work(shape).bytes >= 4 * H200_L2 and launches % sets == 0
+    rows = shape.groups * shape.m
+    assert 2 * sets * (rows * (shape.k + 2 * shape.n) + shape.groups * shape.n * shape.k) < 40e9  # two processes
+
+
+def test_counts_of_groups():
+    of_192, of_20 = (grouped.Shape("masked", 32, 4096, 8, 16, tokens).counts for tokens in (192, 20))
+    assert 134 <= min(of_192) < 160 and 220 < max(of_192) <= 249
+    assert 14 <= min(of_20) < max(of_20) <= 25
+    assert grouped.Shape("masked", 2, 512, 8, 16, 512).counts == [512, 512]
+    assert len(grouped.SHAPES) == 16
+
+
+@pytest.mark.parametrize("family", ["contiguous", "masked"])
+def test_a_wrong_bit_in_a_group_is_found(family: str):
+    shape = grouped.Shape(family, 3, 128, 136, 144, 20 if family == "masked" else 128)
+    x = grouped.Operands.random(shape, "cpu")
+    assert len(x.counts) == 3 and x.layout.dtype == torch.int32
+    x.d.fill_(float("nan"))
+    grouped.run(x)  # the CPU's own order of additions: not yet the exact bits
+    pairs = (x.a, x.a_scales), (x.b, x.b_scales), x.d, x.layout
+    described = (
+        problems.masked(*pairs, 20) if family == "masked" else problems.contiguous(*pairs, False, 128, None, True)
+    )
+    reference.multiply(*described, exact=True)
+    assert run.wrong_in_groups(x) == 0
+    last = x.by_group(x.d)[2]
+    last[: x.counts[2]].view(torch.int16).bitwise_xor_(1)
+    assert run.wrong_in_groups(x) == min(32, x.counts[2]) * 136
+    if family == "masked":
+        last[x.counts[2]] = 0
+        assert run.wrong_in_groups(x) == min(32, x.counts[2]) * 136 + 1
+
+
+def test_tables_of_groups():
+    about = results(0.5)
+    about["rows"] += grouped_rows()
+    text = table.render(about, "x")
+    assert "| contiguous: groups, M of each, N, K | ours (TFLOPS) | sgl_deep_gemm | ratio |" in text
+    assert "| 4, 8192, 4096, 7168 | 8.0 (240518) | 10.0 | 0.80 |" in text
+    assert "| 32, 4096, 7168, 2048, 20 | 8.0 " in text
+    assert "contiguous 0.800, masked 0.800" in text and "M=1 0.500" in text
+    about["rows"][-1]["us"] = {"deep_gemm": None, "cublaslt_loop": None}
+    assert "| 32, 4096, 7168, 2048, 20 | - | - | - |" in table.render(about, "x")
+
+
+def test_a_line_for_every_grouped_row():
+    for row in grouped_rows():
+        assert run.line_of(row).startswith(f"{row['family']:10} {row['shape'][0]}, ") and "  0.800 " in run.line_of(row)
+    assert " - " in run.line_of(row | {"us": {"deep_gemm": 8.0, "sgl_deep_gemm": None}})
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A folder with another deep_gemm, which prints when it is imported."""
+    (tmp_path / "deep_gemm").mkdir()
+    (tmp_path / "deep_gemm" / "__init__.py").write_text("import os\nprint('hello')\nos.system('echo hello')\n")
+    return tmp_path
+
+
+def test_a_peer_answers_whatever_it_prints(package: Path):
+    peer = Peer(package)
+    try:
+        assert peer.version is None and peer.ask("free") == {}
+        with pytest.raises(RuntimeError, match="AssertionError"):
+            peer.ask("replay")  # nothing was captured
+        with pytest.raises(RuntimeError, match="KeyError"):
+            peer.ask({"family": "masked"})
+        peer.process.kill()
+        peer.process.wait()
+        assert peer.ask("free") == {}  # in a new process
+    finally:
+        peer.close()
+
+
+def test_a_peer_that_does_not_come(package: Path, tmp_path_factory: pytest.TempPathFactory):
+    with pytest.raises(RuntimeError, match="expected a deep_gemm in"):
+        Peer(tmp_path_factory.mktemp("empty"))
+    (package / "deep_gemm" / "__init__.py").write_text("raise ImportError")
+    with pytest.raises(RuntimeError, match="the peer died"):
+        Peer(package)
+    (package / "deep_gemm" / "__init__.py").write_text("import time\ntime.sleep(60)")
+    with pytest.raises(RuntimeError, match="did not answer in 2 s"):
+        Peer(package, timeout_s=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [grouped.SHAPES[4], grouped.SHAPES[-1]], ids=["contiguous", "masked"])
+def test_a_grouped_row_on_the_gpu(shape: grouped.Shape):
+    row = run.measure_grouped(shape, torch.cuda.get_device_properties(0).L2_cache_size, 1, None)
+    assert "error" not in row and not row.get("refused")
+    assert all(us > 1 for us in row["us"].values())

@@ -50,8 +50,13 @@ def test_demo_of_deepseek_v3():
     result = run("demo", "--m", 1, "--device", "cpu")
     assert result.returncode == 0, result.stderr
     assert not result.stderr  # and so no progress bar, for this is no terminal
-    rows = result.stdout.splitlines()[2:]
-    for (name, n, k), row in zip(cli.LAYERS, rows, strict=True):
+    *rows, result_of_experts = result.stdout.splitlines()[2:]
+    for name, n, k in (("gate + up", 512, 512), ("down", 512, 256)):
+        for layout in ("contiguous", "masked"):
+            (row,) = [row for row in rows if row.startswith(f"experts {name}, {layout} ")]
+            assert f" 96 {n:6d} {k:6d}   cpu " in row and row.endswith(" within the bound")
+    assert result_of_experts.endswith(" 48 tokens, each to 2 of 4 experts: the same bits in both layouts")
+    for (name, n, k), row in zip(cli.LAYERS, rows[:-4], strict=True):
         assert row.startswith(name) and f" 1 {n:6d} {k:6d}   cpu " in row and row.endswith(" within the bound")
 
 
@@ -126,7 +131,33 @@ def test_demo_fails_when_a_product_is_wrong(monkeypatch: pytest.MonkeyPatch, cap
     assert cli.main(["demo", "--m", "16", "--device", "cpu"]) == 1
     captured = capsys.readouterr()
     assert "OUTSIDE the bound" in captured.out
-    assert "products are further from float64 than the bound allows" in captured.err
+    assert captured.err == "deep-gemm: 2 of 7 checks do not hold: see OUTSIDE and DIFFER above\n"
+
+
+@pytest.mark.parametrize("call", ["m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked"])
+def test_demo_fails_when_experts_are_wrong(monkeypatch: pytest.MonkeyPatch, call: str):
+    right = getattr(cli, call)
+
+    def wrong(a, b, d, *layout):
+        right(a, b, d, *layout)
+        d.mul_(1.02)
+
+    monkeypatch.setattr(cli, call, wrong)
+    size = cli.Experts(groups=3, hidden=256, intermediate=128, tokens=5, top=2)
+    rows = list(cli._multiply_experts(size, torch.device("cpu")))
+    for name, row, holds in rows[:-1]:
+        assert holds == (call.rpartition("_")[2] not in name) == ("OUTSIDE" not in row)
+    assert "elements of the layouts DIFFER" in rows[-1][1] and not rows[-1][2]
+
+
+def test_experts_without_a_token():
+    """Of ten experts two are chosen; no slot is taken twice, and none belongs to another group."""
+    size = cli.Experts(groups=10, hidden=128, intermediate=64, tokens=1, top=2)
+    assert all(holds for _, _, holds in cli._multiply_experts(size, torch.device("cpu")))
+    group = torch.tensor([2, 2, 2, 5, 9, 9])
+    contiguous, masked = cli._arrangements(group, cli.Experts(10, 128, 64, 4, 2))
+    assert contiguous.shape == (3 * 128,) and contiguous.slots.tolist() == [0, 1, 2, 128, 256, 257]
+    assert masked.shape == (10, 4) and masked.slots.tolist() == [8, 9, 10, 20, 36, 37]
 
 
 def test_doctor():
@@ -180,6 +211,20 @@ def test_explain():
         assert word in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "product", "gflop"),
+    [
+        ("contiguous", "d[4096, 7168] = a[4096, 2048] @ b[32, 7168, 2048].T", 120.3),
+        ("masked --expected-m 192", "d[32, 4096, 7168] = a[32, 4096, 2048] @ b[32, 7168, 2048].T", 180.4),
+        ("masked", "d[32, 4096, 7168] = a[32, 4096, 2048] @ b[32, 7168, 2048].T", 3848),
+    ],
+)
+def test_explain_groups(options: str, product: str, gflop: float, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(f"explain 4096 7168 2048 --groups 32 --layout {options}".split()) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{product} on NVIDIA H200, 132 SMs\n") and f" {gflop:g} GFLOP" in out and "runner-up" in out
+
+
 def test_explain_with_fewer_sms(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["explain", "64", "2112", "7168", "--sms", "78"]) == 0
     assert "on NVIDIA H200, 78 SMs" in capsys.readouterr().out
@@ -191,6 +236,11 @@ def test_explain_with_fewer_sms(capsys: pytest.CaptureFixture[str]):
         ("explain 64 2112 7169", "deep-gemm: K is 7169, expected a positive multiple of 16"),
         ("explain 64 2113 7168", "deep-gemm: N is 2113, expected a multiple of 8"),
         ("explain 64 2112 7168 --sms 133", "deep-gemm: --sms is 133, expected at most 132"),
+        (
+            "explain 64 2112 7168 --groups 2",
+            "deep-gemm: --groups is 2, expected 1 without --layout contiguous or masked",
+        ),
+        ("explain 64 2112 7168 --expected-m 2", "deep-gemm: --expected-m is 2, expected none without --layout masked"),
         ("explain 0 2112 7168", "deep-gemm explain: argument M: '0' is not a positive whole number"),
         ("explain 64 2112", "deep-gemm explain: the following arguments are required: K"),
         ("demo --device tpu", "deep-gemm: --device is tpu, expected cpu, or cuda"),

@@ -263,6 +263,48 @@ def test_nvrtc_caches_nothing(
     assert (" --no-cache " in capfd.readouterr().err) is (version >= (12, 9))
 
 
+@pytest.mark.parametrize("version, interleaved", [("NVRTC 12.8", True), ("NVRTC 12.9", False), ("NVRTC 13.0", False)])
+def test_ffmas_are_interleaved_where_the_compiler_does_not(
+    version: str, interleaved: bool, fresh: Path, monkeypatch: pytest.MonkeyPatch
+):
+    nvrtc, _ = compiler._load_nvrtc()
+    monkeypatch.setattr(compiler, "_load_nvrtc", lambda: (nvrtc, version))
+    monkeypatch.setattr(sass, "interleave", lambda image: b"interleaved " + image)
+    images: list[bytes] = []
+    for value in ("0", "1", "0"):
+        monkeypatch.setenv("DG_DISABLE_FFMA_INTERLEAVE", value)
+        images.append(cubin_for(PROBE))
+    assert images[0] == images[2] == (b"interleaved " if interleaved else b"") + images[1]
+    assert images[1][:4] == b"\x7fELF"
+    assert len(entries_of(fresh)) == (2 if interleaved else 1)
+
+
+@pytest.mark.parametrize("version", ["V12.8.93", "V12.9.86"])
+def test_ffmas_of_nvcc(version: str, fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch):
+    fake_nvcc.write_text(FAKE_NVCC.replace("V99.1.42", version))
+    monkeypatch.setenv("DG_JIT_NVCC_COMPILER", str(fake_nvcc))
+    monkeypatch.setattr(sass, "interleave", lambda image: b"interleaved " + image)
+    assert compiler.compile(PROBE).image == (b"interleaved image" if version == "V12.8.93" else b"image")
+
+
+def test_ffma_bits_are_printed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("DG_PRINT_REG_REUSE", "0")
+    compiler.compile(PROBE)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setenv("DG_PRINT_REG_REUSE", "1")
+    bits = sass.ffma_bits(cubin_for(PROBE))["probe"]
+    assert capfd.readouterr().err == f"deep_gemm: probe: {bits}, as compiled\n"
+    cubin_for(PROBE)
+    assert capfd.readouterr().err == ""  # nothing was compiled
+
+    nvrtc, _ = compiler._load_nvrtc()
+    monkeypatch.setattr(compiler, "_load_nvrtc", lambda: (nvrtc, "NVRTC 12.8"))
+    monkeypatch.setattr(sass, "interleave", lambda image: b"interleaved")
+    monkeypatch.setattr(sass, "ffma_bits", lambda image: {"probe": "0101" if image == b"interleaved" else "1111"})
+    compiler.compile(PROBE)
+    assert capfd.readouterr().err == "deep_gemm: probe: 1111, interleaved to 0101\n"
+
+
 def test_the_command_of_nvcc_is_printed(
     fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):

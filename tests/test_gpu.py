@@ -12,6 +12,8 @@ import torch
 
 import deep_gemm
 from deep_gemm import heuristics, reference
+from deep_gemm.config import Config
+from deep_gemm.plan import describing_source
 from deep_gemm.problem import dense
 from deep_gemm.runtime import device
 from deep_gemm.runtime import launch as launching
@@ -20,12 +22,13 @@ from deep_gemm.runtime.launch import launch
 
 pytestmark = pytest.mark.gpu
 GUARD = 12345.0
+ALL_TILES = (*heuristics.tiles(), *heuristics.tiles(True))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
     """All kernels, compiled on all cores."""
-    return compile_many([tile.source() for tile in heuristics.tiles()])
+    return compile_many([*(tile.source() for tile in ALL_TILES), describing_source()])
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +39,7 @@ def everything_restored():
 
 def test_every_tile_compiles_clean_with_the_compiler_of_this_machine(compiled):
     """tests/test_plan.py asks for more, of the compiler that the development environment has."""
-    for tile, cubin in zip(heuristics.tiles(), compiled, strict=True):
+    for tile, cubin in zip((*ALL_TILES, "describe"), compiled, strict=True):
         assert (cubin.warnings, cubin.local_bytes) == ([], 0), tile
 
 
@@ -100,10 +103,10 @@ def differing(d, want):
 def on_tile(tile, a, b, d, num_sms=132):
     """Runs the multiplication on a given tile; False where it is not legal."""
     problem, checked = dense(a, b, d)
-    hopper = device.current(0)
-    if not heuristics.is_legal(tile, problem, hopper, num_sms):
+    hopper, settings = device.current(0), Config(num_sms=num_sms)
+    if not heuristics.is_legal(tile, problem, hopper, settings):
         return False
-    launch(heuristics.plan_for(tile, problem, hopper, num_sms), checked)
+    launch(heuristics.plan_for(tile, problem, hopper, settings), checked)
     return True
 
 
@@ -398,7 +401,7 @@ def test_prepared_launches_are_bounded(monkeypatch):
 def test_load_time_is_printed_where_asked_for(value, monkeypatch, capsys):
     monkeypatch.setenv("DG_JIT_PRINT_LOAD_TIME", value)
     tile = heuristics.make_tile(64, 16)
-    launching._load(cubin_for(tile.source()), tile, 0)
+    launching._load(cubin_for(tile.source()), tile.name, tile.smem_bytes, 0)
     assert ("deep_gemm: loaded 64x16 in " in capsys.readouterr().err) == (value == "1")
 
 
@@ -435,9 +438,9 @@ def test_rejection_then_good_call():
 SANITIZED = """
 import torch, deep_gemm
 from deep_gemm import heuristics
+from deep_gemm.config import Config
 from deep_gemm.problem import dense
 from deep_gemm.runtime import device
-from deep_gemm.runtime import launch as launching
 from deep_gemm.runtime.launch import launch
 hopper = device.current(0)
 for m, n, k in ((65, 136, 400), (257, 528, 1152)):
@@ -448,8 +451,8 @@ for m, n, k in ((65, 136, 400), (257, 528, 1152)):
         tile = heuristics.make_tile(*shape)
         d = torch.zeros(m, n, dtype=torch.bfloat16).cuda()
         problem, operands = dense(a, b, d)
-        if heuristics.is_legal(tile, problem, hopper, 8):
-            launch(heuristics.plan_for(tile, problem, hopper, 8), operands)
+        if heuristics.is_legal(tile, problem, hopper, Config(num_sms=8)):
+            launch(heuristics.plan_for(tile, problem, hopper, Config(num_sms=8)), operands)
             assert (d.cpu() == torch.tensor(float(k)).bfloat16()).all(), tile
 print("ran")
 """

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import importlib
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 import torch
 
 from deep_gemm import heuristics
+from deep_gemm.config import Config
 from deep_gemm.errors import LaunchError
-from deep_gemm.problem import Operands, Problem
+from deep_gemm.problem import Kind, Operands, Problem
 from deep_gemm.runtime import driver, launch
+from deep_gemm.runtime.compiler import compile
 from deep_gemm.runtime.device import H200
 
 cuda = importlib.import_module("cuda.bindings.driver")
@@ -36,7 +39,8 @@ class Notes:
 
     def cuTensorMapEncodeTiled(self, dtype, rank, address, shape, strides, box, steps, interleave, swizzle, l2, fill):
         sizes = [[int(x) for x in values] for values in (shape, strides, box)]
-        self.encoded.append(SimpleNamespace(address=address, shape=sizes[0], pitch=sizes[1][0], box=sizes[2]))
+        assert (rank, [int(x) for x in steps]) == (3, [1, 1, 1])
+        self.encoded.append(SimpleNamespace(address=address, shape=sizes[0], pitches=sizes[1], box=sizes[2]))
         return *SUCCESS, cuda.CUtensorMap()
 
     def cuTensorMapReplaceAddress(self, tensor_map, address):
@@ -52,8 +56,8 @@ class Notes:
             SimpleNamespace(
                 kernel=int(kernel), grid=config.gridDimX, threads=config.blockDimX, smem=config.sharedMemBytes,
                 stream=int(config.hStream), cluster=config.attrs[0].value.clusterDim.x if config.numAttrs else 1,
-                problem=(p.m, p.n, p.k_blocks, p.band, p.stage_bytes),
-                b_scales=(p.b_scales, p.b_scale_stride_n, p.b_scale_stride_k), args=ctypes.addressof(args),
+                problem={name: getattr(p, name) for name, _ in p._fields_}, args=ctypes.addressof(args),
+                attributes=[int(attribute.id) for attribute in config.attrs] if config.numAttrs else [],
             )
         )  # fmt: skip
         return SUCCESS
@@ -84,15 +88,29 @@ def operands(m: int, n: int, k: int) -> Operands:
     return Operands(a, a_scales, b, torch.ones(-(-n // 128), blocks), torch.empty(m, n, dtype=torch.bfloat16))
 
 
-def plan(tile: tuple[int, ...], m: int, n: int, k: int):
-    return heuristics.plan_for(heuristics.make_tile(*tile), Problem(m, n, k), H200, 132)
+def plan(tile: tuple[int, ...], m: int, n: int, k: int, settings: Config = heuristics.DEFAULT, **of_problem: Any):
+    problem = Problem(m, n, k, **of_problem)
+    columns = {"column_scales": True} if problem.column_scales else {}
+    return heuristics.plan_for(heuristics.make_tile(*tile, **columns), problem, H200, settings)
 
 
-def test_structures_have_the_sizes_of_the_kernel():
-    assert ctypes.sizeof(launch._ProblemArgs) == 48
-    assert ctypes.sizeof(launch._Args) == 576
-    assert launch._Args.problem.offset == 512
-    assert launch._ProblemArgs.b_scales.offset == 24
+SIZES = """
+#include "scheduler.cuh"
+static_assert(sizeof(Problem) == {problem} && sizeof(Args) == {args} && __builtin_offsetof(Args, problem) == {at});
+{fields}
+extern "C" __global__ void nothing() {{}}
+"""
+
+
+def test_structures_are_those_of_the_kernel():
+    """Every field is where the kernel's compiler puts it."""
+    fields = "".join(
+        f"static_assert(__builtin_offsetof(Problem, {name}) == {getattr(launch._ProblemArgs, name).offset});\n"
+        for name, _ in launch._ProblemArgs._fields_
+    )
+    sizes = {"problem": ctypes.sizeof(launch._ProblemArgs), "args": ctypes.sizeof(launch._Args)}
+    text = SIZES.format(**sizes, at=launch._Args.problem.offset, fields=fields)
+    compile(replace(heuristics.make_tile(64, 32).source(), name="sizes.cu", text=text))
 
 
 def test_operands_are_described(notes: Notes):
@@ -100,24 +118,113 @@ def test_operands_are_described(notes: Notes):
     p = plan((128, 256, 2, 1), 300, 264, 400)
     launch.launch(p, o)
     a, b, a_scales, d = notes.encoded
-    assert (a.address, a.shape, a.pitch, a.box) == (o.a.data_ptr(), [400, 300], 400, [128, 128])
-    assert (b.address, b.shape, b.pitch, b.box) == (o.b.data_ptr(), [400, 264], 400, [128, 128])  # half of 256 rows
-    assert (a_scales.address, a_scales.shape, a_scales.pitch) == (o.a_scales.data_ptr(), [300, 4], 1200)
-    assert a_scales.box == [128, 1]
-    assert (d.address, d.shape, d.pitch, d.box) == (o.d.data_ptr(), [264, 300], 528, [64, 128])
+    assert [x.address for x in notes.encoded] == [x.data_ptr() for x in (o.a, o.b, o.a_scales, o.d)]
+    assert (a.shape, a.pitches[0], a.box) == ([400, 300, 1], 400, [128, 128, 1])
+    assert (b.shape, b.pitches[0], b.box) == ([400, 264, 1], 400, [128, 128, 1])  # half of 256 rows
+    assert (a_scales.shape, a_scales.pitches[0], a_scales.box) == ([300, 4, 1], 1200, [128, 1, 1])
+    assert (d.shape, d.pitches[0], d.box) == ([264, 300, 1], 528, [64, 128, 1])
     (launched,) = notes.launched
     assert (launched.grid, launched.threads, launched.smem) == (p.ctas, 384, p.tile.smem_bytes)
     assert (launched.cluster, launched.stream, launched.kernel) == (2, 77, 256)
-    assert launched.problem == (300, 264, 4, p.band, (128 + 256) * 128 + 512)
-    assert launched.b_scales == (o.b_scales.data_ptr(), 4, 1)
+    assert fields(launched, "kind", "m", "n", "k", "groups", "band") == [Kind.DENSE, 300, 264, 400, 1, p.band]
+    assert fields(launched, "box_rows", "scale_rows", "pace", "clear_padding") == [128, 128, 0, 0]
+    assert fields(launched, "b_scales", "b_scale_stride_n", "b_scale_stride_k") == [o.b_scales.data_ptr(), 4, 1]
+    assert fields(launched, "layout", "c", "maps") == [0, 0, 0]
+
+
+def fields(launched: SimpleNamespace, *names: str) -> list[int]:
+    return [launched.problem[name] for name in names]
+
+
+def weights(groups: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    values = torch.zeros(groups, n, k, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    return values, torch.ones(groups, -(-n // 128), -(-k // 128))
+
+
+def test_operands_of_groups_are_described(notes: Notes):
+    """MASKED: a and d have groups as well; d's lie within wider rows."""
+    values, scales = weights(3, 264, 400)
+    a = torch.zeros(3, 40, 400, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    d = torch.empty(3, 42, 272, dtype=torch.bfloat16)[:, 1:41, :264]
+    counts = torch.zeros(3, dtype=torch.int32)
+    o = Operands(a, torch.ones(3, 4, 40).mT, values, scales, d, counts)
+    launch.launch(plan((64, 32), 40, 264, 400, kind=Kind.MASKED, groups=3, expected_m=20), o)
+    a, b, a_scales, d = notes.encoded
+    assert (a.shape, a.pitches, a.box) == ([400, 40, 3], [400, 16000], [128, 32, 1])
+    assert (b.shape, b.pitches, b.box) == ([400, 264, 3], [400, 105600], [128, 32, 1])
+    assert (a_scales.shape, a_scales.pitches, a_scales.box) == ([40, 4, 3], [160, 640], [40, 1, 1])
+    assert (d.shape, d.pitches, d.box) == ([264, 40, 3], [544, 22848], [32, 64, 1])
+    (launched,) = notes.launched
+    assert fields(launched, "kind", "groups", "layout") == [Kind.MASKED, 3, counts.data_ptr()]
+    assert fields(launched, "b_scale_stride_g", "d_stride_g", "d_stride_m") == [12, 42 * 272, 272]
+
+
+@pytest.mark.parametrize(("expected", "box"), [(1, 16), (16, 16), (17, 32), (33, 64), (500, 64)])
+def test_small_groups_bring_few_rows_at_a_time(expected: int, box: int, notes: Notes):
+    values, scales = weights(3, 264, 400)
+    o = operands(512, 264, 400)._replace(b=values, b_scales=scales, layout=torch.zeros(3, dtype=torch.int32))
+    launch.launch(plan((128, 32), 512, 264, 400, kind=Kind.ENDS, groups=3, expected_m=expected, alignment=128), o)
+    assert notes.encoded[0].box == [128, box, 1]
+    assert fields(notes.launched[0], "box_rows", "alignment") == [box, 128]
+
+
+@pytest.mark.parametrize("clear", [False, True])
+def test_padding_is_cleared_where_asked_for(clear: bool, notes: Notes):
+    values, scales = weights(3, 264, 400)
+    layout = torch.zeros(256, dtype=torch.int32)
+    o = operands(256, 264, 400)._replace(b=values, b_scales=scales, layout=layout, clear_padding=clear)
+    p = plan((128, 32), 256, 264, 400, kind=Kind.CONTIGUOUS, groups=3, alignment=128)
+    launch.launch(p, o)
+    launch.launch(p, o._replace(clear_padding=not clear))
+    assert [launched.problem["clear_padding"] for launched in notes.launched] == [clear, not clear]
+
+
+def test_column_scales_are_described(notes: Notes):
+    o = operands(300, 264, 400)
+    c = torch.zeros(300, 264)
+    o = o._replace(b_scales=torch.ones(264, 4), d=torch.zeros(300, 264), c=c)
+    launch.launch(plan((128, 64), 300, 264, 400, column_scales=True), o)
+    a, b, _, b_scales = notes.encoded
+    assert (a.box, b.box) == ([128, 128, 1], [128, 64, 1])
+    assert (b_scales.shape, b_scales.pitches[0], b_scales.box) == ([264, 4, 1], 1056, [64, 1, 1])
+    assert fields(notes.launched[0], "d", "c", "d_stride_m") == [o.d.data_ptr(), c.data_ptr(), 264]
+
+
+def test_groups_along_k_are_described_by_a_kernel(notes: Notes, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "_describing_kernel", lambda index: cuda.CUfunction(1))
+    flat = [torch.zeros(384 * rows, dtype=torch.uint8).view(torch.float8_e4m3fn) for rows in (64, 48)]
+    layout, d = torch.zeros(5, dtype=torch.int32), torch.empty(5, 64, 48)
+    o = Operands(flat[0], torch.ones(64, 3), flat[1], torch.ones(48, 3), d, layout)
+    launch.launch(plan((64, 32), 64, 48, 384, kind=Kind.K_GROUPED, groups=5, alignment=128, column_scales=True), o)
+    describing, launched = notes.launched
+    assert (describing.kernel, describing.grid, describing.threads, describing.smem) == (1, 1, 32, 0)
+    assert launched.kernel == 32 and launched.args == describing.args
+    assert fields(launched, "a", "b", "layout") == [flat[0].data_ptr(), flat[1].data_ptr(), layout.data_ptr()]
+    assert launched.problem["maps"] and launched.problem["maps"] == describing.problem["maps"]
+    assert [x.shape for x in notes.encoded[:2]] == [[384, 64, 1], [384, 48, 1]]
+
+
+@pytest.mark.parametrize(("tile", "pdl", "count"), [((64, 32), False, 0), ((64, 32), True, 1), ((128, 64, 2), True, 2)])
+def test_launches_may_start_early(tile: tuple[int, ...], pdl: bool, count: int, notes: Notes):
+    launch.launch(plan(tile, 300, 64, 128, Config(pdl=pdl)), operands(300, 64, 128))
+    early = int(cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+    assert len(notes.launched[0].attributes) == count
+    assert (early in notes.launched[0].attributes) == pdl
+
+
+def test_a_share_of_the_tensor_cores_is_a_pace(notes: Notes):
+    """A K block of 64x32 takes 64 clocks of them."""
+    for share in (100, 50, 1):
+        launch.launch(plan((64, 32), 64, 64, 128, Config(tc_util=share)), operands(64, 64, 128))
+    assert [launched.problem["pace"] for launched in notes.launched] == [0, 128, 6400]
 
 
 @pytest.mark.parametrize(("m", "rows", "scale_rows"), [(1, 8, 4), (13, 16, 16), (64, 64, 64), (65, 64, 64)])
 def test_no_more_rows_are_asked_for_than_there_are(m: int, rows: int, scale_rows: int, notes: Notes):
     launch.launch(plan((64, 32), m, 64, 128), operands(m, 64, 128))
-    assert notes.encoded[0].box == [128, rows]
-    assert notes.encoded[2].box == [scale_rows, 1]
-    assert notes.launched[0].problem[-1] == (rows + 32) * 128 + scale_rows * 4
+    assert notes.encoded[0].box == [128, rows, 1]
+    assert notes.encoded[2].box == [scale_rows, 1, 1]
+    assert fields(notes.launched[0], "box_rows", "scale_rows") == [rows, scale_rows]
     assert notes.launched[0].cluster == 1
 
 
@@ -129,8 +236,10 @@ def test_a_known_layout_replaces_addresses_that_changed(notes: Notes):
     mixed = first._replace(b=second.b, d=second.d, b_scales=second.b_scales)
     launch.launch(p, mixed)
     args = notes.launched[0].args
-    assert notes.replaced == [(args + 128, second.b.data_ptr()), (args + 384, second.d.data_ptr())]
-    assert [x.b_scales[0] for x in notes.launched] == [first.b_scales.data_ptr()] * 2 + [second.b_scales.data_ptr()]
+    assert notes.replaced == [(args + 128, second.b.data_ptr()), (args + 512, second.d.data_ptr())]
+    assert [x.problem["b_scales"] for x in notes.launched] == [first.b_scales.data_ptr()] * 2 + [
+        second.b_scales.data_ptr()
+    ]
     assert len(notes.encoded) == 4
 
 
@@ -150,7 +259,7 @@ def test_an_interrupted_replacement_is_mended(notes: Notes, monkeypatch: pytest.
         launch.launch(p, second)
     launcher._replace = replace
     notes.replaced.clear()
-    launcher(first, first.a_scales)
+    launcher(first)
     assert [address for _, address in notes.replaced] == [
         x.data_ptr() for x in (first.a, first.b, first.a_scales, first.d)
     ]
@@ -167,7 +276,7 @@ def test_another_layout_is_described_anew(notes: Notes):
     launch.launch(p, o)
     wide = torch.zeros(64, 256, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, :128]
     launch.launch(p, o._replace(a=wide))
-    assert [x.pitch for x in notes.encoded[::4]] == [128, 256]
+    assert [x.pitches[0] for x in notes.encoded[::4]] == [128, 256]
     assert notes.replaced == []
 
 
@@ -176,7 +285,7 @@ def test_scales_of_a_in_another_order_are_put_in_order(notes: Notes):
     rows = torch.arange(65.0 * 4).view(65, 4)
     launch.launch(plan((64, 32), 65, 64, 400), o._replace(a_scales=rows))
     assert notes.encoded[2].address not in (rows.data_ptr(), o.a_scales.data_ptr())
-    assert notes.encoded[2].pitch == 68 * 4
+    assert notes.encoded[2].pitches[0] == 68 * 4
     assert torch.equal(launch.mn_major(rows), rows)
 
 

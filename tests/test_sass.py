@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 
 import pytest
-from probe import LOCAL_MEMORY, PROBE, SERIALISED
+from probe import LOCAL_MEMORY, PROBE, SERIALISED, SETMAXNREG_IGNORED
 
 from deep_gemm.errors import InvalidInputError, MissingDependencyError
 from deep_gemm.runtime import sass, tools
@@ -63,22 +62,16 @@ def test_a_kernel_that_is_not_there():
         sass.read(obtain(PROBE).image)
 
 
-def test_without_pyelftools(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "elftools.elf.elffile", None)
-    with pytest.raises(MissingDependencyError, match=r"^reading a cubin needs pyelftools: pip install pyelftools$"):
-        sass.read(b"")
-
-
-def listing_of(source: Source) -> str:
+def listing_of(image: bytes) -> str:
     try:
-        return sass.disassemble(obtain(source).image)
+        return sass.disassemble(image)
     except MissingDependencyError as error:
         pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("source", [PROBE, SERIALISED, LOCAL_MEMORY])
 def test_nvdisasm_counts_the_same(source: Source):
-    found = INSTRUCTION.findall(listing_of(source))
+    found = INSTRUCTION.findall(listing_of(obtain(source).image))
     names = Counter(name for name, _ in found)
     kinds = Counter(name + suffix.split(".")[1] for name, suffix in found if name == "WARPGROUP" for suffix in [suffix])
     info = sass.read(obtain(source).image, "probe")
@@ -90,6 +83,92 @@ def test_nvdisasm_counts_the_same(source: Source):
     assert info.warpgroup_arrives == kinds["WARPGROUPARRIVE"]
     assert info.warpgroup_waits == kinds["WARPGROUPDEPBAR"]
     assert info.setmaxnreg == names["USETMAXREG"]
+
+
+# Promotions, interleaved by the compiler at hand (12.9 or newer) and, with its work undone, by us
+
+PROMOTION = Source(
+    "probe.cu",
+    """#include "ptx/wgmma.cuh"
+extern "C" __global__ void __launch_bounds__(384, 1)
+probe(float* out, unsigned long long a, unsigned long long b, int turns) {
+    float partial[4][4] = {}, sum[4][4] = {};
+#pragma unroll 1
+    for (int turn = 0; turn < turns; ++turn) {
+        const float scale = out[turn];
+        arrive();
+        for (int i = 0; i < 4; ++i) wgmma(partial[i], a + i, b);
+        commit();
+        wait();
+        for (int i = 0; i < 16; ++i) sum[i / 4][i % 4] = __fmaf_rn(partial[i / 4][i % 4], scale, sum[i / 4][i % 4]);
+    }
+    for (int i = 0; i < 16; ++i) out[threadIdx.x + i * 384] = sum[i / 4][i % 4];
+}
+""",
+    PROBE.headers,
+)
+YIELD, REUSE_B = 109, 123  # bits of an instruction; the first is 0 to yield
+
+
+def with_constant_ffmas(image: bytes) -> bytes:
+    """As compilers before 12.9 leave it: every FFMA of a promotion stays and keeps its second operand."""
+    result = bytearray(image)
+    text = sass._kernels(image)["probe"]
+    for at in range(text.start, text.stop, 16):
+        word = int.from_bytes(image[at : at + 16], "little")
+        if word & 0x1FF == 0x023 and word >> 105 & 0xF == 1:
+            result[at : at + 16] = (word | 1 << YIELD | 1 << REUSE_B).to_bytes(16, "little")
+    return bytes(result)
+
+
+def differences(one: bytes, other: bytes) -> list[tuple[int, int]]:
+    """The bits, of 128, that differ: (index of the instruction, difference)."""
+    words = [sass._words(image[sass._kernels(image)["probe"]]) for image in (one, other)]
+    return [(i, a ^ b) for i, (a, b) in enumerate(zip(*words, strict=True)) if a != b]
+
+
+def test_a_newer_compiler_interleaves_itself():
+    image = obtain(PROMOTION).image
+    assert sass.interleave(image) == image
+    assert re.match(r"16 FFMAs, runs: \d+, yield (01|10)", sass.ffma_bits(image)["probe"])
+
+
+def test_interleaving():
+    before = with_constant_ffmas(obtain(PROMOTION).image)
+    after = sass.interleave(before)
+    assert sass.interleave(after) == after
+    changed = differences(before, after)
+    assert len(changed) == 8 and {bits for _, bits in changed} == {1 << YIELD | 1 << REUSE_B}
+    words = sass._words(before[sass._kernels(before)["probe"]])
+    ffmas = [i for i, word in enumerate(words) if word & 0x1FF == 0x023]
+    assert [i for i, _ in changed] == ffmas[1::2]
+    text = sass._kernels(before)["probe"]
+    assert before[: text.start] == after[: text.start] and before[text.stop :] == after[text.stop :]
+
+
+@pytest.mark.parametrize("change", [("384", "256"), ("wgmma(partial[i], a + i, b)", "partial[i][i] += a")], ids=str)
+def test_there_is_nothing_to_interleave(change: tuple[str, str]):
+    """No second warpgroup that promotes; no wgmmas."""
+    source = Source(PROMOTION.name, PROMOTION.text.replace(*change), PROMOTION.headers)
+    for image in (obtain(source).image, with_constant_ffmas(obtain(source).image)):
+        assert sass.interleave(image) == image
+
+
+def test_the_bits_in_words():
+    image = with_constant_ffmas(obtain(PROMOTION).image)
+    assert re.match(r"16 FFMAs, runs: \d+, yield 1111\d*, reuse 2222\d*$", sass.ffma_bits(image)["probe"])
+    interleaved = sass.ffma_bits(sass.interleave(image))["probe"]
+    assert re.match(r"16 FFMAs, runs: \d+, yield (0101|1010)\d*, reuse (0202|2020)\d*$", interleaved)
+    assert sass.ffma_bits(obtain(SETMAXNREG_IGNORED).image) == {"probe": "no FFMAs"}
+
+
+def test_nvdisasm_sees_the_same_instructions():
+    """The yield bit it does not show."""
+    before = with_constant_ffmas(obtain(PROMOTION).image)
+    listings = [listing_of(image) for image in (before, sass.interleave(before))]
+    assert [len(re.findall(r"FFMA R\d+, R\d+, R\d+\.reuse, R\d+", listing)) for listing in listings] == [16, 8]
+    texts = [re.sub(r"\.reuse|/\* 0x[0-9a-f]{16} \*/| +", "", listing) for listing in listings]
+    assert texts[0] == texts[1]
 
 
 def test_without_nvdisasm(monkeypatch: pytest.MonkeyPatch, tmp_path):

@@ -10,10 +10,11 @@ constexpr int UNROLL = 4;
 constexpr int STAGES = 3;
 constexpr int CLUSTER_M = 2;
 constexpr int CLUSTER_N = 1;
+constexpr int COLUMN_SCALES = 0;
 constexpr int WARPGROUPS = 2;
 constexpr int SMEM_BYTES = 215040;
-constexpr int CONSUMER_REGISTERS = 240;
-constexpr int PRODUCER_REGISTERS = 24;
+constexpr int CONSUMER_REGISTERS = 232;
+constexpr int PRODUCER_REGISTERS = 40;
 constexpr int WAIT_LIMIT = 0;
 
 // wgmma.mma_async: d (+)= a @ b.T, 64 x 64 x 32; both operands through descriptors of shared memory

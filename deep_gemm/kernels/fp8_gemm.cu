@@ -1,4 +1,5 @@
-// d = a @ b.T on Hopper: E4M3 operands with an FP32 scale per 1x128 of a and per 128x128 of b, BF16 result.
+// d = a @ b.T on Hopper, dense or grouped: E4M3 operands with an FP32 scale per 1x128 of a and per 128x128 of b, BF16 result; or,
+// for weight gradients (COLUMN_SCALES), with one per 1x128 of b as well, FP32 result, added to c.
 //
 // One warp streams tiles into shared memory; the consumer warpgroups multiply them, one K=128 block at a time, and promote every
 // block's partial sum into FP32 with its scales (two-level accumulation, DeepSeek-V3 report, section 3.5.2); another warp sends
@@ -15,27 +16,25 @@ constexpr int BLOCK_K = 128;                        // bytes, elements, and colu
 constexpr int CLUSTER = CLUSTER_M * CLUSTER_N;
 constexpr int CHUNKS = BLOCK_N / CHUNK_N;           // of one wgmma's width, that a warpgroup works through one by one
 constexpr int WARPS = WARPGROUPS * 4;               // consumer warps, of 16 rows each
-constexpr int THREADS = (WARPGROUPS + 1) * 128;     // the last warpgroup has the producing and the storing warp
+constexpr int THREADS = (WARPGROUPS + 1) * 128;     // the last warpgroup has the producing, the scheduling, the storing warp
 constexpr int SCALE_N = gcd(CHUNK_N, 128);          // adjacent columns that are sure to share a scale of b
-constexpr int B_SCALES = (128 - gcd(BLOCK_N, 128) + BLOCK_N + 127) / 128;  // scale columns a tile can touch
+constexpr int B_SCALES = COLUMN_SCALES ? 1 : (128 - gcd(BLOCK_N, 128) + BLOCK_N + 127) / 128;  // scale columns a tile can touch
+constexpr int TILES = 4;                            // that are known in advance, or not yet stored
 constexpr int STORE_N = gcd(BLOCK_N, 64);           // columns of one store: 128, 64 or 32 bytes, swizzled likewise
 
 struct SharedStorage {
     alignas(1024) uint8_t a[STAGES][BLOCK_M * BLOCK_K];
     alignas(1024) uint8_t b[STAGES][BLOCK_N * BLOCK_K];
-    alignas(1024) uint16_t d[BLOCK_N / STORE_N][BLOCK_M * STORE_N];
+    alignas(1024) uint16_t d[COLUMN_SCALES ? 1 : BLOCK_N / STORE_N][COLUMN_SCALES ? 1 : BLOCK_M * STORE_N];
     alignas(128) float a_scales[STAGES][BLOCK_M];
-    float b_scales[STAGES][4];
+    alignas(128) float b_scales[STAGES][COLUMN_SCALES ? BLOCK_N : 4];
+    Tile tiles[TILES];                              // what the scheduling warp hands out
     uint64_t full[STAGES], empty[STAGES];           // mbarriers: the stage has landed / every reader is done with it
+    uint64_t tile_full[TILES], tile_empty[TILES];   // the same of tiles: it is known / done
     uint64_t d_full, d_empty;                       // the same of d: the tile is complete / on its way
 };
 static_assert(sizeof(SharedStorage) == SMEM_BYTES, "the host planned another amount of shared memory");
 static_assert(BLOCK_M == 64 * WARPGROUPS && BLOCK_N == CHUNK_N * CHUNKS && B_SCALES <= 4 && CLUSTER <= 2);
-
-struct Args {
-    TensorMap a, b, a_scales, d;
-    Problem problem;
-};
 
 struct Pipeline {
     uint32_t stage = 0, phase = 0;
@@ -55,34 +54,84 @@ DEVICE void wait(uint64_t& barrier, uint32_t phase) {
     }
 }
 
-DEVICE void produce(const Args& args, SharedStorage& smem) {
-    tensor_prefetch(args.a), tensor_prefetch(args.b), tensor_prefetch(args.a_scales), tensor_prefetch(args.d);
+// Hands out the next tile of this CTA, NONE after the last. Whoever reads it releases it. One thread.
+DEVICE void hand_out(SharedStorage& smem, const Tile& tile, uint32_t index) {
+    wait(smem.tile_empty[index % TILES], index / TILES % 2 ^ 1);
+    smem.tiles[index % TILES] = tile;
+    barrier_arrive(shared_address(&smem.tile_full[index % TILES]));
+}
+
+// Hands out the tiles of groups.
+DEVICE void schedule(const Args& args, SharedStorage& smem) {
+    if (args.problem.kind == DENSE) return;
+    previous_kernel_wait();
+    Scheduler scheduler(args.problem);
+    Tile tile;
+    uint32_t index = 0;
+    do {
+        scheduler.next(tile);
+        if (elect_one()) hand_out(smem, tile, index);
+        __syncwarp();
+        ++index;
+    } while (uniform(tile.rows) != Tile::NONE);
+}
+
+// The tiles that were handed out, one after the other.
+class Tiles {
+    SharedStorage& smem;
+
+public:
+    uint32_t index = 0;
+    DEVICE explicit Tiles(SharedStorage& storage) : smem(storage) {}
+    DEVICE const Tile& get() const {
+        wait(smem.tile_full[index % TILES], index / TILES % 2);
+        return smem.tiles[index % TILES];
+    }
+    DEVICE void release() { barrier_arrive(shared_address(&smem.tile_empty[index++ % TILES])); }
+};
+
+// Brings one tile's operands, K block by K block. PLAIN: as fast as can be, of a one box a block.
+template <bool PLAIN> DEVICE void load(const Args& args, SharedStorage& smem, Tile tile, Pipeline& pipe) {
     const Problem& problem = args.problem;
-    const uint32_t scale_rows = (problem.n + 127) / 128, rank = CLUSTER > 1 ? cluster_rank() : 0;
-    Scheduler scheduler(problem);
-    Pipeline pipe;
-    for (Tile tile; scheduler.next(tile);) {
-        const uint32_t scale_row = tile.n / 128;
-        const float* b_scales = problem.b_scales + scale_row * problem.b_scale_stride_n;
-        for (uint32_t block = 0; block < problem.k_blocks; ++block, pipe.advance()) {
-            const uint32_t stage = pipe.stage, k = block * BLOCK_K, full = shared_address(&smem.full[stage]);
-            const uint32_t a = shared_address(smem.a[stage]), b = shared_address(smem.b[stage]);
-            wait(smem.empty[stage], pipe.phase ^ 1);
-            barrier_expect_bytes(full, problem.stage_bytes);  // all that lands here, whoever sends it
-            // CTAs of a cluster that need the same operand load half of it each, for both.
-            if constexpr (CLUSTER_N == 2)
-                tensor_load_multicast(a + rank * (BLOCK_M / 2 * BLOCK_K), args.a, k, tile.m + rank * (BLOCK_M / 2), full, 3);
-            else
-                tensor_load(a, args.a, k, tile.m, full);
-            if constexpr (CLUSTER_M == 2)
-                tensor_load_multicast(b + rank * (BLOCK_N / 2 * BLOCK_K), args.b, k, tile.n + rank * (BLOCK_N / 2), full, 3);
-            else
-                tensor_load(b, args.b, k, tile.n, full);
-            tensor_load(shared_address(smem.a_scales[stage]), args.a_scales, tile.m, block, full);
+    const bool own_maps = along_k(problem);  // a group's a and b are matrices of their own
+    const TensorMap& a_map = own_maps ? problem.maps[tile.group * 2] : args.a;
+    const TensorMap& b_map = own_maps ? problem.maps[tile.group * 2 + 1] : args.b;
+    const uint32_t b_group = own_maps ? 0 : tile.group, a_group = own_maps ? 0 : tile.batch;
+    if (own_maps) tensor_map_acquire(&a_map), tensor_map_acquire(&b_map);
+    const uint32_t rank = CLUSTER > 1 ? cluster_rank() : 0;
+    const uint32_t rows = tile.end > tile.m ? min(tile.end - tile.m, uint32_t(BLOCK_M)) : 0;
+    const uint32_t loaded = CLUSTER_N == 2 ? problem.box_rows * 2 : rows <= problem.box_rows ? problem.box_rows : round_up(rows, problem.box_rows);
+    const uint32_t bytes = (loaded + BLOCK_N) * BLOCK_K + problem.scale_rows * 4 + (COLUMN_SCALES ? BLOCK_N * 4 : 0);
+    const uint32_t scale_row = tile.n / 128, scale_rows = (problem.n + 127) / 128;
+    const float* b_scales = problem.b_scales + tile.group * problem.b_scale_stride_g + scale_row * problem.b_scale_stride_n;
+#pragma unroll 1
+    for (uint32_t block = 0; block < tile.k_blocks; ++block, pipe.advance()) {
+        const uint32_t stage = pipe.stage, full = shared_address(&smem.full[stage]);
+        wait(smem.empty[stage], pipe.phase ^ 1);
+        if (!PLAIN && problem.pace) spin(problem.pace);
+        const uint32_t k = block * BLOCK_K, a = shared_address(smem.a[stage]), b = shared_address(smem.b[stage]);
+        barrier_expect_bytes(full, bytes);          // all that lands here, whoever sends it
+        // CTAs of a cluster that need the same operand load half of it each, for both.
+        if constexpr (CLUSTER_N == 2)
+            tensor_load_multicast(a + rank * (BLOCK_M / 2 * BLOCK_K), a_map, k, tile.m + rank * (BLOCK_M / 2), a_group, full, 3);
+        else
+            tensor_load(a, a_map, k, tile.m, a_group, full);
+        if constexpr (!PLAIN && CLUSTER_N == 1)
+#pragma unroll 1
+            for (uint32_t row = problem.box_rows; row < rows; row += problem.box_rows)
+                tensor_load(a + row * BLOCK_K, a_map, k, tile.m + row, a_group, full);
+        if constexpr (CLUSTER_M == 2)
+            tensor_load_multicast(b + rank * (BLOCK_N / 2 * BLOCK_K), b_map, k, tile.n + rank * (BLOCK_N / 2), b_group, full, 3);
+        else
+            tensor_load(b, b_map, k, tile.n, b_group, full);
+        tensor_load(shared_address(smem.a_scales[stage]), args.a_scales, tile.m, tile.k / 128 + block, a_group, full);
+        if constexpr (COLUMN_SCALES) {
+            tensor_load(shared_address(smem.b_scales[stage]), args.b_scales, tile.n, tile.k / 128 + block, b_group, full);
+        } else {
 #pragma unroll
             for (int i = 0; i < B_SCALES; ++i) {
-                const uint32_t bytes = scale_row + i < scale_rows ? 4 : 0;
-                float_load(shared_address(&smem.b_scales[stage][i]), b_scales + i * problem.b_scale_stride_n, bytes);
+                const uint32_t size = scale_row + i < scale_rows ? 4 : 0;
+                float_load(shared_address(&smem.b_scales[stage][i]), b_scales + i * problem.b_scale_stride_n, size);
             }
             float_load_arrive(full);
             b_scales += problem.b_scale_stride_k;
@@ -90,9 +139,36 @@ DEVICE void produce(const Args& args, SharedStorage& smem) {
     }
 }
 
+// Brings the operands of every tile, and hands out dense ones. One thread.
+DEVICE void produce(const Args& args, SharedStorage& smem) {
+    tensor_prefetch(args.a), tensor_prefetch(args.b), tensor_prefetch(args.a_scales);
+    const Problem& problem = args.problem;
+    if (problem.kind == DENSE) previous_kernel_wait();
+    Scheduler scheduler(problem);
+    Pipeline pipe;
+    for (Tiles tiles(smem);; tiles.release()) {
+        Tile tile;
+        if (problem.kind != DENSE) {
+            tile = tiles.get();
+        } else {
+            scheduler.next_of_all(tile);
+            hand_out(smem, tile, tiles.index);
+        }
+        if (tile.rows == Tile::NONE) return;
+        const bool one_box = CLUSTER_N == 2 || min(tile.end - tile.m, uint32_t(BLOCK_M)) <= problem.box_rows;
+        if (problem.pace || !one_box) load<false>(args, smem, tile, pipe);
+        else load<true>(args, smem, tile, pipe);
+    }
+}
+
 // What one thread needs of a K block's scales: of its two rows, and of the tile's scale columns.
 struct Scales {
     float a[2], b[B_SCALES];
+};
+
+// The same where every column has a scale: of the thread's columns in a chunk.
+struct ColumnScales {
+    float b[COLUMN_SCALES ? CHUNK_N / 4 : 1];
 };
 
 // Adds a chunk's partial sum to the result: s = rn(scale_a * scale_b), result = fma(s, partial, result).
@@ -115,6 +191,16 @@ DEVICE void promote(float (&result)[BLOCK_N / 2], float (&partial)[CHUNK_N / 2],
     }
 }
 
+// The same with a scale for each of the thread's columns.
+DEVICE void promote(float (&result)[BLOCK_N / 2], float (&partial)[CHUNK_N / 2], const Scales& scales, const ColumnScales& columns,
+                    int chunk) {
+#pragma unroll
+    for (int j = 0; j < CHUNK_N / 2; ++j) {
+        float& r = result[chunk * CHUNK_N / 2 + j];
+        r = __fmaf_rn(__fmul_rn(scales.a[j / 2 % 2], columns.b[j / 4 * 2 + j % 2]), partial[j], r);
+    }
+}
+
 class Consumer {
     SharedStorage& smem;
     uint32_t warp, lane, row;                       // row: the first of this thread's two, within the tile
@@ -127,7 +213,7 @@ class Consumer {
     DEVICE void release(uint32_t stage) {
         barrier_arrive(shared_address(&smem.empty[stage]));
         if constexpr (CLUSTER > 1)
-            if (lane == 0) barrier_arrive_cluster(peer_empty + stage * sizeof(uint64_t));
+            if (lane_index() == 0) barrier_arrive_cluster(peer_empty + stage * sizeof(uint64_t));
     }
 
     // Queues the four wgmma of one chunk.
@@ -143,8 +229,17 @@ class Consumer {
 
     DEVICE Scales load_scales(uint32_t stage) const {
         Scales scales{{smem.a_scales[stage][row], smem.a_scales[stage][row + 8]}, {}};
+        if constexpr (!COLUMN_SCALES)
 #pragma unroll
-        for (int i = 0; i < B_SCALES; ++i) scales.b[i] = smem.b_scales[stage][i];
+            for (int i = 0; i < B_SCALES; ++i) scales.b[i] = smem.b_scales[stage][i];
+        return scales;
+    }
+
+    DEVICE ColumnScales load_column_scales(uint32_t stage, int chunk) const {
+        ColumnScales scales;
+        if constexpr (COLUMN_SCALES)
+#pragma unroll
+            for (int j = 0; j < CHUNK_N / 4; ++j) scales.b[j] = smem.b_scales[stage][chunk * CHUNK_N + j / 2 * 8 + lane % 4 * 2 + j % 2];
         return scales;
     }
 
@@ -153,6 +248,15 @@ public:
         warp = warp_index(), lane = threadIdx.x % 32, row = warp * 16 + lane / 4;
         if constexpr (CLUSTER > 1) peer_empty = cluster_address(shared_address(smem.empty), cluster_rank() ^ 1);
     }
+
+    // Leaves out a K block, for rows that are nobody's.
+    DEVICE void skip() {
+        wait(smem.full[pipe.stage], pipe.phase);
+        release(pipe.stage);
+        pipe.advance();
+    }
+
+    DEVICE bool has_rows(uint32_t m, uint32_t end) const { return m + warp / 4 * 64 < end; }
 
     // Multiplies and promotes BLOCKS K blocks. With two banks a chunk is promoted while the next one is in the tensor cores; the
     // last one is waited for, since ptxas serialises wgmma whose accumulators are in flight on a loop's back edge.
@@ -178,20 +282,22 @@ public:
             }
             const int done = i - (BANKS - 1);       // the chunk to promote, one behind if there are two banks
             if (done < 0) continue;
+            const ColumnScales columns = load_column_scales(stages[done / CHUNKS], done % CHUNKS);
             if (BANKS == 2 && i < STEPS) wgmma_wait<1>();
             else wgmma_wait<0>();
             pin(partial[done % BANKS]);
             if (done % CHUNKS == CHUNKS - 1) release(stages[done / CHUNKS]);
-            promote(result, partial[done % BANKS], scales[done / CHUNKS], done % CHUNKS, boundary);
+            if constexpr (COLUMN_SCALES) promote(result, partial[done % BANKS], scales[done / CHUNKS], columns, done % CHUNKS);
+            else promote(result, partial[done % BANKS], scales[done / CHUNKS], done % CHUNKS, boundary);
         }
     }
 
-    // Converts the tile to BF16, once the one before is on its way, and hands it over to the storing warp.
-    DEVICE void store(const float (&result)[BLOCK_N / 2], uint32_t phase) {
+    // Converts tile number `count` to BF16, once the one before is on its way, and hands it over to the storing warp.
+    DEVICE void store(const float (&result)[BLOCK_N / 2], uint32_t count) {
         const uint32_t lane = lane_index();         // anew, for the main loop has no register for these addresses
         // stmatrix: lanes 0-7, 8-15, 16-23, 24-31 address the rows of (top, left), (bottom, left), (top, right), (bottom, right)
         const uint32_t matrix_row = warp * 16 + lane % 16, swizzle = (matrix_row * STORE_N * 2 / 128) % (STORE_N / 8);
-        wait(smem.d_empty, phase ^ 1);
+        wait(smem.d_empty, count % 2);
 #pragma unroll
         for (int column = 0; column < BLOCK_N; column += 16) {
             const float* r = &result[column / 2];
@@ -203,66 +309,153 @@ public:
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_address(&smem.d_full));
     }
+
+    // Adds the tile to c, in FP32, and writes it to d.
+    DEVICE void store_sum(const Problem& problem, const float (&result)[BLOCK_N / 2], uint32_t m, uint32_t n, uint32_t batch) const {
+#pragma unroll
+        for (int j = 0; j < BLOCK_N / 4; ++j) {
+            const uint32_t r = m + row + j % 2 * 8, column = n + j / 2 * 8 + lane % 4 * 2;
+            if (r >= problem.m || column >= problem.n) continue;
+            const int64_t offset = batch * problem.d_stride_g + r * problem.d_stride_m + column;
+            float2 sum{result[j * 2], result[j * 2 + 1]};
+            if (problem.c) {
+                const float2 c = *reinterpret_cast<const float2*>(problem.c + offset);
+                sum.x = __fadd_rn(c.x, sum.x), sum.y = __fadd_rn(c.y, sum.y);
+            }
+            *reinterpret_cast<float2*>(static_cast<float*>(problem.d) + offset) = sum;
+        }
+    }
 };
 
 DEVICE void consume(const Args& args, SharedStorage& smem) {
     Consumer consumer(smem);
-    Scheduler scheduler(args.problem);
-    uint32_t phase = 0;
-    for (Tile tile; scheduler.next(tile); phase ^= 1) {
+    for (Tiles tiles(smem);;) {
+        const Tile& tile = tiles.get();
+        if (uniform(tile.rows) == Tile::NONE) break;
+        const uint32_t m = tile.m, n = tile.n, batch = tile.batch;
+        const bool has_rows = consumer.has_rows(m, tile.end);
+        uint32_t blocks = has_rows ? tile.k_blocks : 0, skipped = has_rows ? 0 : tile.k_blocks;
+        tiles.release();
+        const int boundary = 128 - n % 128;
         float result[BLOCK_N / 2] = {};
-        const int boundary = 128 - tile.n % 128;
-        uint32_t blocks = args.problem.k_blocks;
-        for (; blocks >= UNROLL; blocks -= UNROLL) consumer.accumulate<UNROLL>(result, boundary);
+        // Loops that end by a vote are uniform to ptxas. By a number read from memory they are not, and then it computes stages,
+        // phases and descriptors in every thread, and moves them to uniform registers before each wgmma (docs/facts.md).
+        for (; any(blocks >= UNROLL); blocks -= UNROLL) consumer.accumulate<UNROLL>(result, boundary);
         if constexpr (UNROLL > 1)
-            for (; blocks > 0; --blocks) consumer.accumulate<1>(result, boundary);
-        consumer.store(result, phase);
+            for (; any(blocks > 0); --blocks) consumer.accumulate<1>(result, boundary);
+        for (; any(skipped > 0); --skipped) consumer.skip();
+        if constexpr (COLUMN_SCALES) consumer.store_sum(args.problem, result, m, n, batch);
+        else consumer.store(result, tiles.index);
+    }
+}
+
+// Sends the rows of a finished tile to d that belong to the tile's group, row by row.
+DEVICE void write_rows(const Problem& problem, const SharedStorage& smem, const Tile& tile) {
+    constexpr uint32_t UNITS = BLOCK_N / 8;         // of 16 bytes
+    const uint32_t rows = tile.end > tile.m ? min(tile.end - tile.m, uint32_t(BLOCK_M)) : 0;
+#pragma unroll 1
+    for (uint32_t i = lane_index(); i < rows * UNITS; i += 32) {
+        const uint32_t row = i / UNITS, column = i % UNITS * 8;
+        if (tile.n + column >= problem.n || (problem.kind == CONTIGUOUS && problem.layout[tile.m + row] != tile.group)) continue;
+        const uint32_t unit = column % STORE_N / 8 ^ (row * STORE_N * 2 / 128) % (STORE_N / 8);  // as `store` swizzled it
+        uint16_t* d = static_cast<uint16_t*>(problem.d) + tile.batch * problem.d_stride_g + (tile.m + row) * problem.d_stride_m;
+        *reinterpret_cast<uint4*>(d + tile.n + column) =
+            *reinterpret_cast<const uint4*>(&smem.d[column / STORE_N][row * STORE_N + unit * 8]);
     }
 }
 
 // Sends finished tiles to d. A warp of its own, since issuing a store waits while the copy engine is busy.
 DEVICE void write_back(const Args& args, SharedStorage& smem) {
-    Scheduler scheduler(args.problem);
-    uint32_t phase = 0;
-    for (Tile tile; scheduler.next(tile); phase ^= 1) {
-        wait(smem.d_full, phase);
+    tensor_prefetch(args.d);
+    for (Tiles tiles(smem);; tiles.release()) {
+        const Tile& tile = tiles.get();
+        if (tile.rows == Tile::NONE) break;
+        wait(smem.d_full, tiles.index % 2);
+        if (tile.rows == Tile::PARTLY) {
+            write_rows(args.problem, smem, tile);
+        } else if (elect_one()) {
 #pragma unroll
-        for (int column = 0; column < BLOCK_N; column += STORE_N)
-            if (tile.m < args.problem.m && tile.n + column < args.problem.n)
-                tensor_store(args.d, tile.n + column, tile.m, shared_address(smem.d[column / STORE_N]));
-        store_commit();
-        store_wait_read<0>();
+            for (int column = 0; column < BLOCK_N; column += STORE_N)
+                if (tile.m < args.problem.m && tile.n + column < args.problem.n)
+                    tensor_store(args.d, tile.n + column, tile.m, tile.batch, shared_address(smem.d[column / STORE_N]));
+            store_commit();
+            store_wait_read<0>();
+        }
+        __syncwarp();
         barrier_arrive(shared_address(&smem.d_empty));
     }
+}
+
+// Fills rows of d with zeros.
+DEVICE void clear_rows(const Problem& problem, uint32_t from, uint32_t to) {
+#pragma unroll 1
+    for (; from < to; ++from)
+#pragma unroll 1
+        for (uint32_t column = lane_index() * 8; column < problem.n; column += 32 * 8)
+            *reinterpret_cast<uint4*>(static_cast<uint16_t*>(problem.d) + from * problem.d_stride_m + column) = uint4{};
+}
+
+// Fills padding rows with zeros: of CONTIGUOUS, all of them; of ENDS, those up to where the next group may start.
+DEVICE void clear_padding(const Problem& problem) {
+    if (!problem.clear_padding) return;
+    previous_kernel_wait();
+    if (problem.kind == CONTIGUOUS) {
+        for (uint32_t first = blockIdx.x * 32; first < problem.m; first += gridDim.x * 32) {
+            const uint32_t row = first + lane_index();
+            uint32_t padding = __ballot_sync(~0u, row < problem.m && uint32_t(problem.layout[row]) >= problem.groups);
+            for (; padding; padding &= padding - 1) clear_rows(problem, first + __ffs(padding) - 1, first + __ffs(padding));
+        }
+    } else {
+        for (uint32_t group = blockIdx.x; group < problem.groups; group += gridDim.x) {
+            const uint32_t end = min(uint32_t(max(problem.layout[group], 0)), problem.m);
+            clear_rows(problem, end, min(round_up(end, problem.alignment), problem.m));
+        }
+    }
+}
+
+// No CTA leaves while another of its cluster may still write into it.
+DEVICE void leave() {
+    __syncwarp();
+    if constexpr (CLUSTER > 1) cluster_sync();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_gemm(const __grid_constant__ Args args) {
     extern __shared__ __align__(1024) uint8_t memory[];
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(memory);
-    if (threadIdx.x < STAGES) {
-        barrier_init(shared_address(&smem.full[threadIdx.x]), 2);  // the copies' bytes, and b's scales
-        barrier_init(shared_address(&smem.empty[threadIdx.x]), 32 * WARPS + (CLUSTER - 1) * WARPS);  // as `release` arrives
-        if (threadIdx.x == 0) barrier_init(shared_address(&smem.d_full), WARPS), barrier_init(shared_address(&smem.d_empty), 1);
+    if (threadIdx.x < 32) {
+        const uint32_t i = threadIdx.x;
+        if (i < STAGES) {
+            barrier_init(shared_address(&smem.full[i]), COLUMN_SCALES ? 1 : 2);  // the copies' bytes; b's scales
+            barrier_init(shared_address(&smem.empty[i]), 32 * WARPS + (CLUSTER - 1) * WARPS);  // as `release` arrives
+        }
+        if (i < TILES) {
+            barrier_init(shared_address(&smem.tile_full[i]), 1);
+            barrier_init(shared_address(&smem.tile_empty[i]), 1 + 32 * WARPS + (COLUMN_SCALES ? 0 : 32));  // all who read it
+        }
+        if (i == 0) barrier_init(shared_address(&smem.d_full), WARPS), barrier_init(shared_address(&smem.d_empty), 32);
         barrier_init_fence();
     }
     if constexpr (CLUSTER > 1) cluster_sync();
     else __syncthreads();
 
     const uint32_t warp = warp_index();
-    if (warp >= WARPS) {
-        if constexpr (WARPGROUPS > 1) registers_decrease<PRODUCER_REGISTERS>();
-        if (warp == WARPS) {                        // else: so `warp` is no register of produce's, which has few
-            if (elect_one()) produce(args, smem);
-        } else if (warp == WARPS + 1) {
-            if (elect_one()) write_back(args, smem);
-        }
-    } else {
+    if (warp < WARPS) {
         if constexpr (WARPGROUPS > 1) registers_increase<CONSUMER_REGISTERS>();
         consume(args, smem);
-    }
-    // No CTA leaves while another of its cluster may still write into it.
-    if constexpr (CLUSTER > 1) {
-        __syncwarp();
-        cluster_sync();
+        leave();
+    } else {
+        if constexpr (WARPGROUPS > 1) registers_decrease<PRODUCER_REGISTERS>();
+        // ptxas lays the last branch out first. Those that are waited for come last, for code that lies near the kernel's entry is
+        // fetched with it, and what lies far takes another 2000 clk to be fetched (docs/facts.md).
+        if (warp == WARPS) {
+            if constexpr (!COLUMN_SCALES) clear_padding(args.problem);
+        } else if (warp == WARPS + 1) {
+            if constexpr (!COLUMN_SCALES) write_back(args, smem);
+        } else if (warp == WARPS + 2) {
+            schedule(args, smem);
+        } else {
+            if (elect_one()) produce(args, smem);
+        }
+        leave();
     }
 }

@@ -1,45 +1,163 @@
 // Which output tile comes next. Persistent: every cluster starts at its own index and strides by the number of clusters.
+// The kinds of multiplication differ here alone. One warp schedules, and hands out tiles to the others.
+// Dense ones are the producing thread's own business: the first tile is waited for.
 #pragma once
 #include "config.cuh"
 #include "ptx/base.cuh"
 
-struct Problem {
-    uint32_t m, n;           // of the output
-    uint32_t k_blocks;       // blocks of 128 along K, the last one zero-filled
-    uint32_t band;           // tile rows that are walked together, so that operands are found in L2
-    uint32_t stage_bytes;    // of a, b and a's scales for one K block; of a no more rows than there are
-    const float* b_scales;   // [ceil(n / 128), k_blocks], any strides
-    int64_t b_scale_stride_n, b_scale_stride_k;
+enum Kind : uint32_t {
+    DENSE,       // d[m, n] = a[m, k] @ b[n, k].T
+    CONTIGUOUS,  // layout[m] names the group, and so the b, of every row of a and d; others than 0 .. groups - 1 are padding
+    ENDS,        // group g has the rows from the multiple of `alignment` after layout[g - 1] up to layout[g]
+    MASKED,      // a[group], d[group]: layout[g] rows are real
+    K_GROUPED,   // d[group]: a and b hold layout[g] columns for group g, one group after the other
+    K_ENDS,      // the same, columns as the rows of ENDS
+};
+
+struct Problem {              // what every launch needs comes first: one line of the cache
+    uint32_t kind;
+    uint32_t m, n;            // of the output; of one group's, where each has its own
+    uint32_t k;               // columns of a; of all groups together where they are grouped along K
+    uint32_t band;            // tile rows that are walked together, so that operands are found in L2
+    uint32_t box_rows;        // rows of a, and
+    uint32_t scale_rows;      // of its scales, that one copy brings
+    uint32_t pace;            // clocks from one K block to the next, at least
+    const float* b_scales;    // [groups, ceil(n / 128), k / 128], any strides
+    int64_t b_scale_stride_n, b_scale_stride_k, b_scale_stride_g;
+    uint32_t groups;
+    uint32_t alignment;       // of where a group starts
+    const int* layout;
+    void* d;
+    int64_t d_stride_m, d_stride_g;
+    const float* c;           // what an FP32 result is added to, with d's strides; or nothing
+    const uint8_t *a, *b;     // where groups have their own K: the first group's, and
+    TensorMap* maps;          // the maps of a and b, group by group
+    uint32_t clear_padding;   // whether padding rows of d become zeros
+};
+
+struct Args {
+    TensorMap a, b, a_scales, b_scales, d;  // of three dimensions: columns, rows, groups
+    Problem problem;
 };
 
 struct Tile {
-    uint32_t m, n;           // first row and column of this CTA's output
+    uint32_t m, n;            // first row and column of this CTA's output
+    uint32_t group;           // of b
+    uint32_t batch;           // of a and d: the group where each has its own rows, else 0
+    uint32_t end;             // rows from here on are nobody's
+    uint32_t k;               // first column
+    uint32_t k_blocks;        // blocks of 128 along K, the last one zero-filled
+    enum : uint32_t { PARTLY, WHOLE, NONE } rows;  // WHOLE: d has no row in this tile but the group's. NONE: no tile is left
+};
+
+// Whether groups have their own K, which takes column scales. Then they have all rows, and none of the other kinds occurs.
+DEVICE bool along_k(const Problem& problem) { return COLUMN_SCALES && problem.kind >= K_GROUPED; }
+
+// Looks at groups `base` .. `base` + 31, each by one lane. Whatever layout holds, they lie within the tensors.
+struct Groups {
+    uint32_t base;
+    uint32_t start = 0, count = 0;   // the group's first row (or column, along K), and how many it has
+
+    DEVICE void look(const Problem& problem) {
+        const uint32_t group = base + lane_index(), size = along_k(problem) ? problem.k : problem.m;
+        const auto at = [&](uint32_t i) { return min(uint32_t(max(problem.layout[i], 0)), size); };
+        const uint32_t before = __shfl_sync(~0u, start + count, 31);  // K_GROUPED: where the groups before these end
+        start = 0, count = group < problem.groups ? at(group) : 0;
+        if (problem.kind == (COLUMN_SCALES ? K_ENDS : ENDS)) {
+            const uint32_t end = count;
+            if (group > 0 && group < problem.groups) start = round_up(at(group - 1), problem.alignment);
+            count = end > start ? end - start : 0;
+        }
+        if (COLUMN_SCALES && problem.kind == K_GROUPED) {
+            count = count / 128 * 128;
+            const uint32_t end = before + inclusive_sum(count);
+            start = min(end - count, size), count = min(end, size) - start;
+        }
+    }
 };
 
 class Scheduler {
+    static constexpr uint32_t CLUSTER = CLUSTER_M * CLUSTER_N, HEIGHT = BLOCK_M * CLUSTER_M, WIDTH = BLOCK_N * CLUSTER_N;
     const Problem& problem;
-    uint32_t index, step, rows, columns;  // in units of a cluster's output
-    uint32_t rank_m, rank_n;
+    uint32_t index;                  // of the next tile, in units of a cluster's output, less those of groups gone by
+    uint32_t columns;
+    Groups groups;
+    uint32_t last = 0;               // tiles of these groups, up to and including the lane's own
 
-public:
-    DEVICE explicit Scheduler(const Problem& p) : problem(p) {
-        constexpr uint32_t CLUSTER = CLUSTER_M * CLUSTER_N, HEIGHT = BLOCK_M * CLUSTER_M, WIDTH = BLOCK_N * CLUSTER_N;
-        const uint32_t rank = CLUSTER > 1 ? cluster_rank() : 0;
-        rank_m = rank / CLUSTER_N, rank_n = rank % CLUSTER_N;
-        index = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
-        rows = (p.m - 1) / HEIGHT + 1, columns = (p.n - 1) / WIDTH + 1;
+    DEVICE void look_at_groups() {
+        groups.look(problem);
+        const uint32_t rows = along_k(problem) ? problem.m : groups.count;
+        last = inclusive_sum(groups.base + lane_index() < problem.groups ? (rows + HEIGHT - 1) / HEIGHT * columns : 0);
     }
 
-    // Bands of `band` tile rows, from top to bottom; within a band down the columns, from left to right. A tile of a cluster
-    // may lie outside the output: it computes zeros and stores nothing.
-    DEVICE bool next(Tile& tile) {
-        if (index >= rows * columns) return false;
-        const uint32_t band = index / (problem.band * columns), in_band = index - band * problem.band * columns;
+    // Tile `i` of so many rows of tiles: bands of `band` rows, from top to bottom; in a band down the columns, from left to right.
+    DEVICE void place(Tile& tile, uint32_t i, uint32_t rows) const {
+        // Divisions take long, and the first tile is waited for: none where there is one band, or a band is one row.
+        const uint32_t size = problem.band * columns, band = i < size ? 0 : i / size, in_band = i - band * size;
         const uint32_t top = band * problem.band, height = min(problem.band, rows - top);
-        const uint32_t column = in_band / height, row = top + in_band - column * height;
-        tile.m = (row * CLUSTER_M + rank_m) * BLOCK_M;
-        tile.n = (column * CLUSTER_N + rank_n) * BLOCK_N;
-        index += step;
-        return true;
+        const uint32_t column = height == 1 ? in_band : in_band / height, row = top + in_band - column * height;
+        const uint32_t rank = CLUSTER > 1 ? cluster_rank() : 0;
+        tile.m = (row * CLUSTER_M + rank / CLUSTER_N) * BLOCK_M;
+        tile.n = (column * CLUSTER_N + rank % CLUSTER_N) * BLOCK_N;
+    }
+
+    // The group that a tile's rows belong to, by the first row that belongs to any; false where all are padding.
+    DEVICE bool find_group(Tile& tile) const {
+        uint32_t others = 0;
+        tile.end = tile.m, tile.group = ~0u;
+#pragma unroll
+        for (uint32_t i = 0; i < BLOCK_M; i += 32) {
+            const uint32_t row = tile.m + i + lane_index(), group = row < problem.m ? problem.layout[row] : ~0u;
+            const uint32_t real = __ballot_sync(~0u, group < problem.groups);
+            if (tile.group == ~0u && real) tile.group = __shfl_sync(~0u, group, __ffs(real) - 1);
+            const uint32_t own = __ballot_sync(~0u, group == tile.group && group < problem.groups);
+            if (own) tile.end = tile.m + i + 32 - __clz(own);
+            others |= __ballot_sync(~0u, row < problem.m && (group >= problem.groups || group != tile.group));
+        }
+        tile.rows = others ? Tile::PARTLY : Tile::WHOLE;
+        return tile.group != ~0u;
+    }
+
+public:
+    DEVICE explicit Scheduler(const Problem& p) : problem(p), index(blockIdx.x / CLUSTER), columns((p.n - 1) / WIDTH + 1) {
+        groups.base = 0u - 32;  // before the first ones, which have no tiles
+    }
+
+    // The next tile of all rows and columns. One of a cluster may lie outside the output: it computes zeros and stores nothing.
+    DEVICE void next_of_all(Tile& tile) {
+        const uint32_t rows = (problem.m - 1) / HEIGHT + 1;
+        tile.rows = index < rows * columns ? Tile::WHOLE : Tile::NONE;
+        if (tile.rows == Tile::NONE) return;
+        place(tile, index, rows);
+        tile.group = tile.batch = tile.k = 0, tile.end = problem.m, tile.k_blocks = (problem.k + 127) / 128;
+        index += gridDim.x / CLUSTER;
+    }
+
+    // The next tile of groups. All lanes of a warp.
+    DEVICE void next(Tile& tile) {
+        if (!COLUMN_SCALES && problem.kind == CONTIGUOUS) {
+            do next_of_all(tile);
+            while (tile.rows != Tile::NONE && !find_group(tile));
+            return;
+        }
+        tile.rows = Tile::NONE;
+        for (uint32_t total; index >= (total = __shfl_sync(~0u, last, 31));) {
+            index -= total, groups.base += 32;
+            if (groups.base >= problem.groups) return;
+            look_at_groups();
+        }
+        const uint32_t owner = __popc(__ballot_sync(~0u, last <= index));  // the first lane with more tiles than that
+        const uint32_t before = __shfl_sync(~0u, last, owner - 1);
+        const uint32_t start = __shfl_sync(~0u, groups.start, owner), count = __shfl_sync(~0u, groups.count, owner);
+        place(tile, index - (owner > 0 ? before : 0), ((along_k(problem) ? problem.m : count) + HEIGHT - 1) / HEIGHT);
+        tile.group = groups.base + owner, tile.batch = problem.kind == ENDS ? 0 : tile.group;
+        tile.k = 0, tile.k_blocks = (problem.k + 127) / 128, tile.end = problem.m, tile.rows = Tile::WHOLE;
+        if (along_k(problem)) {
+            tile.k = start, tile.k_blocks = (count + 127) / 128;
+        } else {
+            tile.m += start, tile.end = start + count;
+            if (tile.m + BLOCK_M > tile.end && tile.end != problem.m) tile.rows = Tile::PARTLY;
+        }
+        index += gridDim.x / CLUSTER;
     }
 };

@@ -31,6 +31,7 @@ from . import sass, tools
 from .cache import Cache
 
 _ARCH = "90a"
+_INTERLEAVES = (12, 9)  # the first CUDA whose ptxas interleaves FFMAs
 _SLOW = re.compile(r"Potential Performance Loss|wait\S* is injected")  # numbers and details vary (docs/facts.md)
 
 _memory: dict[str, dict[str, bytes]] = {}  # key -> the files of a cache entry
@@ -148,7 +149,10 @@ class _Job:
         self.options = ("-std=c++17", "--ptxas-options=-v", "--ptxas-options=--warn-on-spills")
         if settings.get("DG_JIT_WITH_LINEINFO"):
             self.options += ("-lineinfo",)
+        version = tuple(map(int, re.findall(r"\d+", self.compiler)[:2]))
+        self.interleave = version < _INTERLEAVES and not settings.get("DG_DISABLE_FFMA_INTERLEAVE")
         parts = (source.name, source.text, source.headers, self.options, self.compiler, _ARCH)
+        parts += ("interleaved",) * self.interleave
         self.key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         self.cache = Cache(settings.get("DG_JIT_CACHE_DIR"))
         self.wants_ptx = settings.get("DG_JIT_DUMP_PTX") or settings.get("DG_JIT_DUMP_ASM")
@@ -190,7 +194,16 @@ class _Job:
         _say("DG_JIT_PTXAS_VERBOSE", f"{self.source.name}: the compiler says\n{log}")
         if not image:
             raise self._error("does not compile", log)
-        return Cubin(image, ptx, log)
+        return Cubin(self._interleaved(image), ptx, log)
+
+    def _interleaved(self, image: bytes) -> bytes:
+        result = sass.interleave(image) if self.interleave else image
+        if settings.get("DG_PRINT_REG_REUSE"):
+            after = sass.ffma_bits(result)
+            for kernel, before in sass.ffma_bits(image).items():
+                change = "as compiled" if result == image else f"interleaved to {after[kernel]}"
+                _say("DG_PRINT_REG_REUSE", f"{kernel}: {before}, {change}")
+        return result
 
     def checked(self, cubin: Cubin) -> Cubin:
         if settings.get("DG_JIT_PTXAS_CHECK") and cubin.local_bytes:

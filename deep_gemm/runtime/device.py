@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from ..errors import InvalidInputError, UnsupportedDeviceError
+from ..errors import UnsupportedDeviceError
 
 HOPPER = (9, 0)
 MAX_SMEM_BYTES = 232448  # what one block can have on sm_90
@@ -59,30 +59,3 @@ def _describe(index: int) -> Device:
 def best() -> Device:
     """The current CUDA device, or the model of an H200 where there is none."""
     return current() if torch.cuda.is_available() else H200
-
-
-_num_sms: int | None = None
-
-
-def set_num_sms(num_sms: int | None) -> None:
-    """Limits the kernels to that many SMs (None: all), so that others can run beside them.
-
-    Raises: InvalidInputError if it is no whole number between 1 and the number of SMs of the current device.
-    """
-    global _num_sms
-    whole = isinstance(num_sms, int) and not isinstance(num_sms, bool)
-    if num_sms is not None and not (whole and 1 <= num_sms <= best().num_sms):
-        raise InvalidInputError(
-            f"num_sms is {num_sms}, expected 1 to {best().num_sms}, the SMs of {best().name}, or None for all"
-        )
-    _num_sms = num_sms
-
-
-def num_sms_set() -> int | None:
-    """What `set_num_sms` set; None for all."""
-    return _num_sms
-
-
-def get_num_sms() -> int:
-    """How many SMs kernels may use: as set, else all of the current device (of an H200 where there is none)."""
-    return best().num_sms if _num_sms is None else _num_sms

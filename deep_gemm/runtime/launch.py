@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 from .. import settings
+from ..heuristics import box_rows
 from ..layout import align, ceil_div, get_mn_major_tma_aligned_tensor
-from ..plan import BLOCK_K, ENTRY, Plan, Tile
-from ..problem import Operands
+from ..plan import BLOCK_K, ENTRY, Plan, Tile, describing_source
+from ..problem import Kind, Operands
 from .compiler import cubin_for
 from .driver import bind_context, check, driver
 
 DEBUG_WAIT_SECONDS = 2
+MAP_BYTES = 128
 MAX_LAUNCHERS = 1024  # for each thread
 
 
@@ -25,27 +27,43 @@ class _ProblemArgs(ctypes.Structure):
     """`struct Problem` of kernels/scheduler.cuh."""
 
     _fields_ = [
+        ("kind", ctypes.c_uint32),
         ("m", ctypes.c_uint32),
         ("n", ctypes.c_uint32),
-        ("k_blocks", ctypes.c_uint32),
+        ("k", ctypes.c_uint32),
         ("band", ctypes.c_uint32),
-        ("stage_bytes", ctypes.c_uint32),
+        ("box_rows", ctypes.c_uint32),
+        ("scale_rows", ctypes.c_uint32),
+        ("pace", ctypes.c_uint32),
         ("b_scales", ctypes.c_uint64),
         ("b_scale_stride_n", ctypes.c_int64),
         ("b_scale_stride_k", ctypes.c_int64),
+        ("b_scale_stride_g", ctypes.c_int64),
+        ("groups", ctypes.c_uint32),
+        ("alignment", ctypes.c_uint32),
+        ("layout", ctypes.c_uint64),
+        ("d", ctypes.c_uint64),
+        ("d_stride_m", ctypes.c_int64),
+        ("d_stride_g", ctypes.c_int64),
+        ("c", ctypes.c_uint64),
+        ("a", ctypes.c_uint64),
+        ("b", ctypes.c_uint64),
+        ("maps", ctypes.c_uint64),
+        ("clear_padding", ctypes.c_uint32),
     ]
 
 
 class _Args(ctypes.Structure):
-    """`struct Args` of kernels/fp8_gemm.cu. Its tensor maps are aligned: `_args` sees to that."""
+    """`struct Args` of kernels/scheduler.cuh. Its tensor maps are aligned: `_args` sees to that."""
 
     _fields_ = [
-        ("a", ctypes.c_byte * 128),
-        ("b", ctypes.c_byte * 128),
-        ("a_scales", ctypes.c_byte * 128),
-        ("d", ctypes.c_byte * 128),
+        ("a", ctypes.c_byte * MAP_BYTES),
+        ("b", ctypes.c_byte * MAP_BYTES),
+        ("a_scales", ctypes.c_byte * MAP_BYTES),
+        ("b_scales", ctypes.c_byte * MAP_BYTES),
+        ("d", ctypes.c_byte * MAP_BYTES),
         ("problem", _ProblemArgs),
-        ("padding", ctypes.c_byte * 16),  # alignas(64)
+        ("padding", ctypes.c_byte * 48),  # alignas(64)
     ]
 
 
@@ -58,64 +76,114 @@ def launch(plan: Plan, operands: Operands) -> None:
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
             return launch(plan, operands)
-    a_scales = mn_major(operands.a_scales)
+    operands = operands._replace(a_scales=mn_major(operands.a_scales))
+    if plan.tile.column_scales:
+        operands = operands._replace(b_scales=mn_major(operands.b_scales))
+    c, d = operands.c, operands.d
+    if c is not None and (c.stride() != d.stride() or c.data_ptr() % 16):  # the kernel has d's strides for it
+        operands = operands._replace(
+            c=torch.empty_strided(d.shape, d.stride(), dtype=d.dtype, device=d.device).copy_(c)
+        )
+    o = operands
     key = (
         plan,
         index,
-        operands.a.stride(),
-        a_scales.stride(),
-        operands.b.stride(),
-        operands.b_scales.stride(),
-        operands.d.stride(),
+        o.a.stride(),
+        o.a_scales.stride(),
+        o.b.stride(),
+        o.b_scales.stride(),
+        o.d.stride(),
+        o.clear_padding,
     )
     launchers = _launchers()
-    launcher = launchers.pop(key, None) or _Launcher(plan, operands, a_scales)
+    launcher = launchers.pop(key, None) or _Launcher(plan, operands)
     launchers[key] = launcher
     if len(launchers) > MAX_LAUNCHERS:
         launchers.pop(next(iter(launchers)))
-    launcher(operands, a_scales)
+    launcher(operands)
+
+
+def prepare(plan: Plan, device_index: int) -> None:
+    """Compiles and loads what a launch needs, and launches nothing. Raises: CompileError, LaunchError."""
+    with torch.cuda.device(device_index):
+        _launchers()
+        kernel_for(plan.tile, device_index)
+        if plan.problem.kind in (Kind.K_GROUPED, Kind.K_ENDS):
+            _describing_kernel(device_index)
 
 
 class _Launcher:
     """A launch with all decided but the addresses and the stream. For one thread: it changes its arguments in place."""
 
-    def __init__(self, plan: Plan, o: Operands, a_scales: torch.Tensor) -> None:
+    def __init__(self, plan: Plan, o: Operands) -> None:
         cuda, tile = driver(), plan.tile
         self._replace, self._launch = cuda.cuTensorMapReplaceAddress, cuda.cuLaunchKernelEx
         self._plan = plan
         self._index: int = o.d.device.index
         self._kernel = kernel_for(tile, self._index)
-        self._args = _args(cuda, plan, o, a_scales)
+        self._args, encoded = _args(cuda, plan, o)
         self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(self._args))
         self._parameters_address = ctypes.addressof(self._parameters)
-        self._addresses = [x.data_ptr() for x in (o.a, o.b, a_scales, o.d)]
-        self._maps = [cuda.CUtensorMap(_ptr=ctypes.addressof(self._args) + i * 128) for i in range(4)]
-        self._config = config = cuda.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = plan.ctas, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = tile.threads, 1, 1
-        config.sharedMemBytes = tile.smem_bytes
-        if tile.cluster > 1:
-            cluster = cuda.CUlaunchAttribute()
-            cluster.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            value = cuda.CUlaunchAttributeValue()
-            value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = tile.cluster, 1, 1
-            cluster.value = value
-            config.attrs, config.numAttrs = [cluster], 1
+        self._mapped = tuple(encoded)  # the operands that have a tensor map
+        self._maps = [
+            cuda.CUtensorMap(_ptr=ctypes.addressof(self._args) + getattr(_Args, name).offset) for name in encoded
+        ]
+        self._addresses = [getattr(o, name).data_ptr() for name in encoded]
+        self._config = _launch_config(cuda, plan.ctas, tile.threads, tile.smem_bytes, tile.cluster, plan.pdl)
+        self._describe: Any = None
+        if plan.problem.kind in (Kind.K_GROUPED, Kind.K_ENDS):
+            self._describe = _describing_kernel(self._index)
+            self._describe_config = _launch_config(cuda, 1, 32, 0, 1, plan.pdl)
 
-    def __call__(self, o: Operands, a_scales: torch.Tensor) -> None:
-        addresses = [o.a.data_ptr(), o.b.data_ptr(), a_scales.data_ptr(), o.d.data_ptr()]
+    def __call__(self, o: Operands) -> None:
+        addresses = [getattr(o, name).data_ptr() for name in self._mapped]
         if addresses != self._addresses:
             # Until all are replaced none is taken for known: the next call mends what an interrupt leaves.
-            before, self._addresses = self._addresses, [0, 0, 0, 0]
+            before, self._addresses = self._addresses, [0] * len(addresses)
             for tensor_map, old, new in zip(self._maps, before, addresses, strict=True):
                 if old != new:
                     check(self._replace(tensor_map, new), "moving a tensor's description")
             self._addresses = addresses
-        self._args.problem.b_scales = o.b_scales.data_ptr()
-        self._config.hStream = torch._C._cuda_getCurrentRawStream(self._index)  # pyright: ignore
-        result = self._launch(self._config, self._kernel, self._parameters_address, 0)
+        problem = self._args.problem
+        problem.b_scales = o.b_scales.data_ptr()
+        problem.d = o.d.data_ptr()
+        problem.layout = 0 if o.layout is None else o.layout.data_ptr()
+        problem.c = 0 if o.c is None else o.c.data_ptr()
+        stream = torch._C._cuda_getCurrentRawStream(self._index)  # pyright: ignore
+        if self._describe is not None:
+            maps = torch.empty(self._plan.problem.groups * 2 * MAP_BYTES, dtype=torch.uint8, device=o.d.device)
+            problem.a, problem.b, problem.maps = o.a.data_ptr(), o.b.data_ptr(), maps.data_ptr()
+            self._queue(self._describe, self._describe_config, stream)
+        self._queue(self._kernel, self._config, stream)
+
+    def _queue(self, kernel: Any, config: Any, stream: int) -> None:
+        config.hStream = stream
+        result = self._launch(config, kernel, self._parameters_address, 0)
         if int(result[0]):
             check(result, f"launching {self._plan}")
+
+
+def _launch_config(cuda: Any, ctas: int, threads: int, smem_bytes: int, cluster: int, pdl: bool) -> Any:
+    config = cuda.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = ctas, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = smem_bytes
+    attributes: list[Any] = []
+    if cluster > 1:
+        attribute, value = cuda.CUlaunchAttribute(), cuda.CUlaunchAttributeValue()
+        attribute.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = cluster, 1, 1
+        attribute.value = value
+        attributes.append(attribute)
+    if pdl:
+        attribute, value = cuda.CUlaunchAttribute(), cuda.CUlaunchAttributeValue()
+        attribute.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        value.programmaticStreamSerializationAllowed = 1
+        attribute.value = value
+        attributes.append(attribute)
+    if attributes:
+        config.attrs, config.numAttrs = attributes, len(attributes)
+    return config
 
 
 _thread = threading.local()
@@ -132,7 +200,7 @@ def _launchers() -> dict[Any, _Launcher]:
 
 
 _lock = threading.Lock()
-_kernels: dict[tuple[Tile, int, bool], Any] = {}
+_kernels: dict[tuple[Tile | None, int, bool], Any] = {}
 
 
 def kernel_for(tile: Tile, device_index: int) -> Any:
@@ -143,28 +211,39 @@ def kernel_for(tile: Tile, device_index: int) -> Any:
         with _lock:
             if key not in _kernels:
                 image = cubin_for(tile.source(DEBUG_WAIT_SECONDS if debug else 0))
-                _kernels[key] = _load(image, tile, device_index)
+                _kernels[key] = _load(image, tile.name, tile.smem_bytes, device_index)
     return _kernels[key]
 
 
-def _load(image: bytes, tile: Tile, device_index: int) -> Any:
+def _describing_kernel(device_index: int) -> Any:
+    """The kernel that describes the a and b of every group to the copy engine, ready for that device."""
+    key = (None, device_index, False)
+    if key not in _kernels:
+        with _lock:
+            if key not in _kernels:
+                _kernels[key] = _load(cubin_for(describing_source()), "describe", 0, device_index)
+    return _kernels[key]
+
+
+def _load(image: bytes, name: str, smem_bytes: int, device_index: int) -> Any:
     cuda, start = driver(), time.perf_counter()
-    library = check(cuda.cuLibraryLoadData(image, [], [], 0, [], [], 0), f"loading the kernel of {tile.name}")
+    library = check(cuda.cuLibraryLoadData(image, [], [], 0, [], [], 0), f"loading the kernel of {name}")
     kernel = check(cuda.cuLibraryGetKernel(library, ENTRY.encode()), f"looking up {ENTRY}")
     device = check(cuda.cuDeviceGet(device_index), f"looking up device {device_index}")
     attribute = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     check(
-        cuda.cuKernelSetAttribute(attribute, tile.smem_bytes, kernel, device),
-        f"asking for {tile.smem_bytes} bytes of shared memory",
+        cuda.cuKernelSetAttribute(attribute, smem_bytes, kernel, device),
+        f"asking for {smem_bytes} bytes of shared memory",
     )
     if settings.get("DG_JIT_PRINT_LOAD_TIME"):
-        print(f"deep_gemm: loaded {tile.name} in {(time.perf_counter() - start) * 1e3:.2f} ms", file=sys.stderr)
+        print(f"deep_gemm: loaded {name} in {(time.perf_counter() - start) * 1e3:.2f} ms", file=sys.stderr)
     return cuda.CUfunction(int(kernel))
 
 
-def _args(cuda: Any, plan: Plan, o: Operands, a_scales: torch.Tensor) -> _Args:
+def _args(cuda: Any, plan: Plan, o: Operands) -> tuple[_Args, list[str]]:
+    """The kernel's arguments, and the operands that it knows by a tensor map."""
     tile, problem = plan.tile, plan.problem
-    m, n, k = problem.m, problem.n, problem.k
+    n, k = problem.n, problem.k
     swizzles = cuda.CUtensorMapSwizzle
     swizzle_128 = swizzles.CU_TENSOR_MAP_SWIZZLE_128B
     swizzle_64, swizzle_32 = swizzles.CU_TENSOR_MAP_SWIZZLE_64B, swizzles.CU_TENSOR_MAP_SWIZZLE_32B
@@ -174,58 +253,69 @@ def _args(cuda: Any, plan: Plan, o: Operands, a_scales: torch.Tensor) -> _Args:
     bf16 = types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
     memory = ctypes.create_string_buffer(ctypes.sizeof(_Args) + 127)
     args = _Args.from_buffer(memory, -ctypes.addressof(memory) % 128)  # a tensor map asks for 64, newer ones for 128
-    # The CTAs of a cluster load their shared operand in halves. Rows past a small M would take time to be filled with
-    # zeros: none are asked for.
-    a_rows, scale_rows = min(tile.block_m // tile.cluster_n, align(m, 8)), min(tile.block_m, align(m, 4))
-    stage_bytes = (a_rows * tile.cluster_n + tile.block_n) * BLOCK_K + scale_rows * 4
-    _tensor_map(cuda, args.a, o.a, byte, (k, m), _pitch(o.a), (BLOCK_K, a_rows), swizzle_128)
-    _tensor_map(cuda, args.b, o.b, byte, (k, n), _pitch(o.b), (BLOCK_K, tile.block_n // tile.cluster_m), swizzle_128)
-    a_scale_pitch = max(a_scales.stride(1) * 4, 16) if problem.k_blocks > 1 else ceil_div(m, 4) * 16
-    scales_shape = (m, problem.k_blocks)
-    _tensor_map(cuda, args.a_scales, a_scales, float32, scales_shape, a_scale_pitch, (scale_rows, 1), unswizzled)
-    swizzle_d = {16: swizzle_32, 32: swizzle_64, 64: swizzle_128}[tile.store_n]
-    _tensor_map(cuda, args.d, o.d, bf16, (n, m), _pitch(o.d), (tile.store_n, tile.block_m), swizzle_d)
-    stride_n, stride_k = o.b_scales.stride()
+    rows, scale_rows = box_rows(tile, problem), min(tile.block_m, align(problem.m, 4))
+    # Grouped along K, every group's a and b are matrices: these maps are what theirs are made from.
+    a, b = (x if x.dim() > 1 else x[: size * k].view(size, k) for x, size in ((o.a, problem.m), (o.b, n)))
+    encoded = ["a", "b", "a_scales"]
+    _tensor_map(cuda, args.a, a, byte, (BLOCK_K, rows), swizzle_128)
+    _tensor_map(cuda, args.b, b, byte, (BLOCK_K, tile.block_n // tile.cluster_m), swizzle_128)
+    _tensor_map(cuda, args.a_scales, o.a_scales.mT, float32, (scale_rows, 1), unswizzled)
+    if tile.column_scales:
+        _tensor_map(cuda, args.b_scales, o.b_scales.mT, float32, (tile.block_n, 1), unswizzled)
+        encoded.append("b_scales")
+    else:
+        swizzle_d = {16: swizzle_32, 32: swizzle_64, 64: swizzle_128}[tile.store_n]
+        _tensor_map(cuda, args.d, o.d, bf16, (tile.store_n, tile.block_m), swizzle_d)
+        encoded.append("d")
+    stride_g, stride_n, stride_k = (0, *o.b_scales.stride())[-3:]
     args.problem = _ProblemArgs(
-        m, n, problem.k_blocks, plan.band, stage_bytes, o.b_scales.data_ptr(), stride_n, stride_k
+        kind=problem.kind,
+        m=problem.m,
+        n=n,
+        k=k,
+        groups=problem.groups,
+        alignment=problem.alignment,
+        band=plan.band,
+        box_rows=rows,
+        scale_rows=scale_rows,
+        pace=0 if plan.tc_util == 100 else ceil_div(tile.block_m * tile.block_n * 100, 32 * plan.tc_util),
+        clear_padding=o.clear_padding,
+        b_scale_stride_g=stride_g,
+        b_scale_stride_n=stride_n,
+        b_scale_stride_k=stride_k,
+        d_stride_g=o.d.stride(0) if o.d.dim() == 3 else 0,
+        d_stride_m=o.d.stride(-2),
     )
-    return args
+    return args, encoded
 
 
 def mn_major(scales: torch.Tensor) -> torch.Tensor:
-    """The scales of a as the copy engine reads them: M-major, rows on 16 bytes. What is so already is used in place."""
-    m, blocks = scales.shape
-    rows_fit = scales.stride(0) == 1 or m == 1
-    pitch_fits = blocks == 1 or (scales.stride(1) % 4 == 0 and scales.stride(1) >= m)
-    if rows_fit and pitch_fits and scales.data_ptr() % 16 == 0:
+    """Scales as the copy engine reads them: M-major, rows on 16 bytes. What is so already is used in place."""
+    *groups, m, blocks = scales.shape
+    rows_fit = scales.stride(-2) == 1 or m == 1
+    pitch_fits = blocks == 1 or (scales.stride(-1) % 4 == 0 and scales.stride(-1) >= m)
+    groups_fit = not groups or groups[0] == 1 or (scales.stride(0) % 4 == 0 and scales.stride(0) > 0)
+    if rows_fit and pitch_fits and groups_fit and scales.data_ptr() % 16 == 0:
         return scales
     return get_mn_major_tma_aligned_tensor(scales)
 
 
-def _pitch(x: torch.Tensor) -> int:
-    """Bytes from row to row; of a single row, where the stride means nothing, its length on 16 bytes."""
-    return (x.stride(0) if x.shape[0] > 1 else ceil_div(x.shape[1], 16) * 16) * x.element_size()
-
-
-def _tensor_map(
-    cuda: Any,
-    to: Any,
-    x: torch.Tensor,
-    dtype: Any,
-    shape: tuple[int, int],
-    pitch: int,
-    box: tuple[int, int],
-    swizzle: Any,
-) -> None:
+def _tensor_map(cuda: Any, to: Any, x: torch.Tensor, dtype: Any, box: tuple[int, int], swizzle: Any) -> None:
+    """Describes x [rows, columns] or [groups, rows, columns], of inner stride 1. box: columns and rows of one copy."""
+    *groups, rows, columns = x.shape
+    count = groups[0] if groups else 1
+    # Where there is one row or one group its stride means nothing; the driver wants one all the same.
+    pitch = x.stride(-2) * x.element_size() if rows > 1 else align(columns * x.element_size(), 16)
+    group_pitch = x.stride(0) * x.element_size() if count > 1 else pitch * rows
     encoded = check(
         cuda.cuTensorMapEncodeTiled(
             dtype,
-            2,
+            3,
             x.data_ptr(),
-            [cuda.cuuint64_t(size) for size in shape],
-            [cuda.cuuint64_t(pitch)],
-            [cuda.cuuint32_t(size) for size in box],
-            [cuda.cuuint32_t(1), cuda.cuuint32_t(1)],
+            [cuda.cuuint64_t(size) for size in (columns, rows, count)],
+            [cuda.cuuint64_t(size) for size in (pitch, group_pitch)],
+            [cuda.cuuint32_t(size) for size in (*box, 1)],
+            [cuda.cuuint32_t(1)] * 3,
             cuda.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             swizzle,
             cuda.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -233,4 +323,4 @@ def _tensor_map(
         ),
         f"describing a tensor of shape {tuple(x.shape)}, strides {tuple(x.stride())} to the copy engine",
     )
-    ctypes.memmove(to, encoded.getPtr(), 128)
+    ctypes.memmove(to, encoded.getPtr(), MAP_BYTES)

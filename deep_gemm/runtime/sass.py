@@ -1,8 +1,9 @@
-"""Reads a cubin: registers, local memory, and how often the instructions that matter occur.
+"""Reads a cubin: registers, local memory, how often the instructions that matter occur; and interleaves its FFMAs.
 
 Source: the opcode numbers were found by disassembling with nvdisasm 13.5, and tests/test_sass.py holds them against
 the nvdisasm at hand. An instruction of sm_90 has 128 bits; its lowest 9 are the opcode, the next 3 the form of its
-operands. The attributes of .nv.info are named as in nvdisasm's listing.
+operands. Its highest 23 bits are for the scheduler: ptxas 12.8 and 12.9 make the same of a kernel but for the yield and
+reuse bits of FFMAs. The attributes of .nv.info are named as in nvdisasm's listing.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ import struct
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
+from itertools import groupby
+from math import prod
 from pathlib import Path
-from typing import Any
 
-from ..errors import InvalidInputError, MissingDependencyError
+from ..errors import InvalidInputError
 from . import tools
 
 _FFMA, _QGMMA, _LDL, _STL, _WARPGROUP, _USETMAXREG = 0x023, 0x1F3, 0x183, 0x187, 0x1C5, 0x1C8
 _WAIT = 1 << 47  # of WARPGROUP: DEPBAR, else ARRIVE
-_EIATTR_MIN_STACK_SIZE, _EIATTR_REGCOUNT = 0x12, 0x2F
+_OPCODE = 0x1FF
+_STALL, _ONE_CYCLE = 0xF << 105, 1 << 105  # until this warp's next instruction
+_STAY = 1 << 109  # with this warp; 0 yields to another
+_REUSE = 0xF << 122  # the operands that are kept for this warp's next instruction, one bit each
+_EIATTR_MAX_THREADS, _EIATTR_MIN_STACK_SIZE, _EIATTR_REGCOUNT = 0x05, 0x12, 0x2F
 _RESERVED_SMEM_BYTES = 1024  # of every block on sm_90, for the system
 
 
@@ -47,31 +53,27 @@ class KernelInfo:
 
 
 def read(image: bytes, entry: str = "fp8_gemm") -> KernelInfo:
-    """Reads one kernel of a cubin.
+    """Reads one kernel of a cubin. Raises: InvalidInputError if it has no such kernel."""
+    sections, kernels = _sections(image), _kernels(image)
+    if entry not in kernels:
+        raise InvalidInputError(f"the cubin has no kernel {entry!r}, expected one of: {', '.join(kernels)}")
 
-    Raises: InvalidInputError if it has no such kernel; MissingDependencyError without pyelftools.
-    """
-    try:
-        from elftools.elf.elffile import ELFFile
-    except ImportError as error:
-        raise MissingDependencyError("reading a cubin needs pyelftools: pip install pyelftools") from error
-
-    sections: dict[str, Any] = {section.name: section for section in ELFFile(BytesIO(image)).iter_sections()}
-    if f".text.{entry}" not in sections:
-        kernels = ", ".join(name[6:] for name in sections if name.startswith(".text."))
-        raise InvalidInputError(f"the cubin has no kernel {entry!r}, expected one of: {kernels}")
-
-    symbols = [symbol.name for symbol in sections[".symtab"].iter_symbols()]
-    attributes = _attributes(sections[".nv.info"].data(), symbols.index(entry))
-    text = sections[f".text.{entry}"].data()
-    words = [low for low, _ in struct.iter_unpack("<QQ", text)]
-    opcodes = Counter(word & 0x1FF for word in words)
-    waits = sum(word & 0x1FF == _WARPGROUP and bool(word & _WAIT) for word in words)
+    names = image[sections[".strtab"]]
+    symbols = [_name(names, at) for at, *_ in struct.iter_unpack("<IBBHQQ", image[sections[".symtab"]])]
+    of_kernel = struct.pack("<I", symbols.index(entry))
+    attributes = {
+        number: int.from_bytes(value[4:], "little")
+        for number, value in _attributes(image[sections[".nv.info"]])
+        if len(value) == 8 and value.startswith(of_kernel)
+    }
+    words = _words(image[kernels[entry]])
+    opcodes = Counter(word & _OPCODE for word in words)
+    waits = sum(word & _OPCODE == _WARPGROUP and bool(word & _WAIT) for word in words)
     shared = sections.get(f".nv.shared.{entry}")
     return KernelInfo(
         registers=attributes[_EIATTR_REGCOUNT],
         local_bytes=attributes[_EIATTR_MIN_STACK_SIZE],
-        shared_bytes=shared["sh_size"] - _RESERVED_SMEM_BYTES if shared else 0,
+        shared_bytes=shared.stop - shared.start - _RESERVED_SMEM_BYTES if shared else 0,
         instructions=len(words),
         qgmma=opcodes[_QGMMA],
         ffma=opcodes[_FFMA],
@@ -83,6 +85,41 @@ def read(image: bytes, entry: str = "fp8_gemm") -> KernelInfo:
     )
 
 
+def interleave(image: bytes) -> bytes:
+    """The image with every other FFMA of a promotion yielding to another warp, as ptxas makes it since 12.9.
+
+    So a warpgroup gets to start its wgmmas while another promotes. What yields keeps no operands, for those are kept
+    for the next instruction of the same warp. As ptxas does, this leaves alone: kernels without wgmmas; those of at
+    most 256 threads, which have no second warpgroup that promotes; those whose FFMAs yield already; and FFMAs with a
+    longer stall, which yield in any case.
+    """
+    result = bytearray(image)
+    for kernel, text in _kernels(image).items():
+        words = _words(image[text])
+        ffmas = [i for i, word in enumerate(words) if word & (_OPCODE | _STALL) == _FFMA | _ONE_CYCLE]
+        promotes = any(word & _OPCODE == _QGMMA for word in words) and _max_threads(image, kernel) > 256
+        if promotes and all(words[i] & _STAY for i in ffmas):
+            for i in ffmas[1::2]:
+                at = text.start + 16 * i
+                result[at : at + 16] = (words[i] & ~(_STAY | _REUSE)).to_bytes(16, "little")
+    return bytes(result)
+
+
+def ffma_bits(image: bytes) -> dict[str, str]:
+    """By kernel: how many FFMAs, in how many runs, and the yield (0: yields) and reuse bits of the longest's first."""
+    return {kernel: _ffma_bits(_words(image[text])) for kernel, text in _kernels(image).items()}
+
+
+def _ffma_bits(words: list[int]) -> str:
+    runs = [list(run) for is_ffma, run in groupby(words, lambda word: word & _OPCODE == _FFMA) if is_ffma]
+    if not runs:
+        return "no FFMAs"
+    start = max(runs, key=len)[:8]
+    yields = "".join(str((word & _STAY) >> 109) for word in start)
+    reuse = "".join(f"{(word & _REUSE) >> 122:x}" for word in start)
+    return f"{sum(map(len, runs))} FFMAs, runs: {len(runs)}, yield {yields}, reuse {reuse}"
+
+
 def disassemble(image: bytes) -> str:
     """The listing of nvdisasm, with the bits of each instruction. Raises: MissingDependencyError without nvdisasm."""
     nvdisasm = tools.find("nvdisasm", "nvidia-cuda-nvdisasm", "pip install nvidia-cuda-nvdisasm")
@@ -92,13 +129,38 @@ def disassemble(image: bytes) -> str:
         return subprocess.run([nvdisasm, "-hex", path], check=True, capture_output=True, text=True).stdout
 
 
-def _attributes(info: bytes, symbol: int) -> dict[int, int]:
-    """The attributes of .nv.info of one symbol. Each: a format, a number, 16 bits and, in format 4, so many bytes."""
-    attributes: dict[int, int] = {}
+def _sections(image: bytes) -> dict[str, slice]:
+    """Where each section of an ELF file is. That of .nv.shared has a size alone, for it holds nothing yet."""
+    (table,) = struct.unpack_from("<Q", image, 0x28)
+    count, names = struct.unpack_from("<HH", image, 0x3C)
+    headers = [struct.unpack_from("<I20xQQ24x", image, table + 64 * i) for i in range(count)]
+    sections = [(name, slice(start, start + size)) for name, start, size in headers]
+    strings = image[sections[names][1]]
+    return {_name(strings, name): where for name, where in sections}
+
+
+def _name(strings: bytes, start: int) -> str:
+    return strings[start : strings.index(0, start)].decode()
+
+
+def _kernels(image: bytes) -> dict[str, slice]:
+    return {name[6:]: where for name, where in _sections(image).items() if name.startswith(".text.")}
+
+
+def _words(text: bytes) -> list[int]:
+    return [low | high << 64 for low, high in struct.iter_unpack("<QQ", text)]
+
+
+def _max_threads(image: bytes, kernel: str) -> int:
+    """Of a block, by the kernel's launch bounds; 0 without."""
+    attributes = dict(_attributes(image[_sections(image)[f".nv.info.{kernel}"]]))
+    return prod(struct.unpack("<3I", attributes[_EIATTR_MAX_THREADS])) if _EIATTR_MAX_THREADS in attributes else 0
+
+
+def _attributes(info: bytes) -> Iterator[tuple[int, bytes]]:
+    """The attributes of a section .nv.info. Each: a format, a number, 16 bits and, in format 4, so many bytes."""
     while info:
         form, number, size = struct.unpack_from("<BBH", info)
         size = size if form == 4 else 0
-        if size == 8 and struct.unpack_from("<I", info, 4)[0] == symbol:
-            (attributes[number],) = struct.unpack_from("<I", info, 8)
+        yield number, info[4 : 4 + size]
         info = info[4 + size :]
-    return attributes

@@ -15,12 +15,20 @@ struct alignas(64) TensorMap {
     uint8_t opaque[128];
 };
 
+DEVICE uint32_t round_up(uint32_t value, uint32_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
 __device__ constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
 
 DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
 // shfl.sync: the warp's number, which ptxas then knows to be the same in all of its threads
 DEVICE uint32_t warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+
+// shfl.sync: a value that is the same in all threads of a warp, and known to be so by ptxas
+DEVICE uint32_t uniform(uint32_t value) { return __shfl_sync(~0u, value, 0); }
+
+// vote.sync.any: whether it is true in any thread of the warp; so it is in all or none
+DEVICE bool any(bool condition) { return __any_sync(~0u, condition); }
 
 // mov.u32 %laneid. What is computed from it is computed where it stands, and kept in no register before.
 DEVICE uint32_t lane_index() {
@@ -41,6 +49,31 @@ DEVICE bool elect_one() {
     uint32_t elected;
     asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(elected));
     return elected;
+}
+
+// The sum of the values of all lanes up to and including one's own.
+DEVICE uint32_t inclusive_sum(uint32_t value) {
+    for (uint32_t distance = 1; distance < 32; distance *= 2) {
+        const uint32_t other = __shfl_up_sync(~0u, value, distance);
+        if (lane_index() >= distance) value += other;
+    }
+    return value;
+}
+
+// griddepcontrol.wait: until the kernel before has finished, if this one was launched to overlap with it
+DEVICE void previous_kernel_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// griddepcontrol.launch_dependents: the next kernel may start, if it was launched to overlap with this one
+DEVICE void next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// mov.u32 %clock, again and again: lets that many clocks pass
+DEVICE void spin(uint32_t clocks) {
+    const auto now = [] {
+        uint32_t time;
+        asm volatile("mov.u32 %0, %%clock;" : "=r"(time));
+        return time;
+    };
+    for (const uint32_t start = now(); now() - start < clocks;) {}
 }
 
 // mov.u64 %globaltimer: nanoseconds, coarse

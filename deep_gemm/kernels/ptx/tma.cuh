@@ -7,26 +7,40 @@ DEVICE void tensor_prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// cp.async.bulk.tensor.2d, global -> shared; out-of-range elements arrive as zeros and count as bytes
-DEVICE void tensor_load(uint32_t to, const TensorMap& map, uint32_t inner, uint32_t outer, uint32_t barrier) {
+// tensormap.replace, of a map in global memory: where it starts; columns and rows; bytes from row to row (of K_GROUPED's maps)
+DEVICE void tensor_map_replace(TensorMap* map, const void* address, uint32_t columns, uint32_t rows, uint64_t pitch) {
+    asm volatile("tensormap.replace.tile.global_address.global.b1024.b64 [%0], %1;" ::"l"(map), "l"(address) : "memory");
+    asm volatile("tensormap.replace.tile.global_dim.global.b1024.b32 [%0], 0, %1;" ::"l"(map), "r"(columns) : "memory");
+    asm volatile("tensormap.replace.tile.global_dim.global.b1024.b32 [%0], 1, %1;" ::"l"(map), "r"(rows) : "memory");
+    asm volatile("tensormap.replace.tile.global_stride.global.b1024.b64 [%0], 0, %1;" ::"l"(map), "l"(pitch) : "memory");
+}
+
+// fence.proxy.tensormap release / acquire: what was written to a map is seen by the copy engine afterwards
+DEVICE void tensor_map_release() { asm volatile("fence.proxy.tensormap::generic.release.gpu;" ::: "memory"); }
+DEVICE void tensor_map_acquire(const TensorMap* map) {
+    asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
+}
+
+// cp.async.bulk.tensor.3d, global -> shared; out-of-range elements arrive as zeros and count as bytes
+DEVICE void tensor_load(uint32_t to, const TensorMap& map, uint32_t x, uint32_t y, uint32_t z, uint32_t barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-        ::"r"(to), "l"(&map), "r"(inner), "r"(outer), "r"(barrier) : "memory");
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+        ::"r"(to), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier) : "memory");
 }
 
 // the same, delivered to the same address, and announced to the same barrier, of every CTA in `mask`
-DEVICE void tensor_load_multicast(uint32_t to, const TensorMap& map, uint32_t inner, uint32_t outer, uint32_t barrier,
+DEVICE void tensor_load_multicast(uint32_t to, const TensorMap& map, uint32_t x, uint32_t y, uint32_t z, uint32_t barrier,
                                   uint16_t mask) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%2, %3}], [%4], %5;"
-        ::"r"(to), "l"(&map), "r"(inner), "r"(outer), "r"(barrier), "h"(mask) : "memory");
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3, %4}], [%5], %6;"
+        ::"r"(to), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(mask) : "memory");
 }
 
-// cp.async.bulk.tensor.2d, shared -> global; nothing is written out of range
-DEVICE void tensor_store(const TensorMap& map, uint32_t inner, uint32_t outer, uint32_t from) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
-                 ::"l"(&map), "r"(inner), "r"(outer), "r"(from) : "memory");
+// cp.async.bulk.tensor.3d, shared -> global; nothing is written out of range
+DEVICE void tensor_store(const TensorMap& map, uint32_t x, uint32_t y, uint32_t z, uint32_t from) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];"
+                 ::"l"(&map), "r"(x), "r"(y), "r"(z), "r"(from) : "memory");
 }
 
 // cp.async.bulk.commit_group

@@ -1,0 +1,144 @@
+"""Settings of a process, by functions: how many SMs, how much of the tensor cores, which tiles, when to launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .errors import InvalidInputError
+from .runtime import device
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the setters below hold. Every call takes the one that is current when it is made.
+
+    Attributes:
+        num_sms: SMs to use; None for all.
+        tc_util: share of the tensor cores' peak to use at most, in percent.
+        pdl: whether a kernel may start while the one before it on the stream still runs.
+        block_m, block_n: what a tile's rows and columns are multiples of.
+    """
+
+    num_sms: int | None = None
+    tc_util: int = 100
+    pdl: bool = False
+    block_m: int = 1
+    block_n: int = 1
+
+
+_config = Config()
+_compile_mode = 0
+_batch_invariant = False
+
+
+def current() -> Config:
+    """The settings now: immutable, and equal to themselves as long as nothing is set."""
+    return _config
+
+
+def set_num_sms(num_sms: int | None) -> None:
+    """Limits the kernels to that many SMs (None or 0: all), so that others can run beside them.
+
+    Raises: InvalidInputError if it is no whole number between 0 and the number of SMs of the current device.
+    """
+    best = device.best()
+    if num_sms is not None and not (_is_whole(num_sms) and 0 <= num_sms <= best.num_sms):
+        raise InvalidInputError(
+            f"num_sms is {num_sms}, expected 1 to {best.num_sms}, the SMs of {best.name}, or None for all"
+        )
+    _change(num_sms=None if num_sms in (0, best.num_sms) else num_sms)  # so that restoring restores
+
+
+def get_num_sms() -> int:
+    """How many SMs kernels may use: as set, else all of the current device (of an H200 where there is none)."""
+    return device.best().num_sms if _config.num_sms is None else _config.num_sms
+
+
+def set_tc_util(tc_util: int) -> None:
+    """Limits the kernels to so many percent of the tensor cores' peak, which saves power for others.
+
+    Raises: InvalidInputError if it is no whole number between 1 and 100.
+    """
+    if not (_is_whole(tc_util) and 1 <= tc_util <= 100):
+        raise InvalidInputError(f"tc_util is {tc_util}, expected a whole number of percent, 1 to 100")
+    _change(tc_util=tc_util)
+
+
+def get_tc_util() -> int:
+    """The limit of set_tc_util, in percent; 100: none."""
+    return _config.tc_util
+
+
+def set_pdl(enable: bool) -> None:
+    """Lets kernels start while the one before them on the stream still runs (programmatic dependent launch).
+
+    A kernel waits for the one before it before it reads or writes memory, so results do not change.
+    """
+    _change(pdl=bool(enable))
+
+
+def get_pdl() -> bool:
+    """Whether set_pdl is on."""
+    return _config.pdl
+
+
+def set_block_size_multiple_of(multiple: int | tuple[int, int]) -> None:
+    """Leaves the tiles whose rows and columns (one number for both, or two) are multiples of that; 1: all.
+
+    Raises: InvalidInputError where no tile is left.
+    """
+    from .heuristics import tiles
+
+    block_m, block_n = multiple if isinstance(multiple, (tuple, list)) and len(multiple) == 2 else (multiple, multiple)
+    if not (
+        _is_whole(block_m)
+        and _is_whole(block_n)
+        and block_m > 0
+        and block_n > 0
+        and any(t.block_m % block_m == 0 and t.block_n % block_n == 0 for t in tiles())
+    ):
+        raise InvalidInputError(
+            f"the block size is to be a multiple of {multiple}, expected divisors of 64, 128 or 192 (rows) "
+            "and of a multiple of 16 up to 256 (columns)"
+        )
+    _change(block_m=block_m, block_n=block_n)
+
+
+def set_compile_mode(mode: int) -> None:
+    """0: calls multiply. 1: calls compile the kernel that they would need, check their operands and launch nothing.
+
+    Raises: InvalidInputError for another mode.
+    """
+    global _compile_mode
+    if mode not in (0, 1):
+        raise InvalidInputError(f"the compile mode is {mode}, expected 0 (multiply) or 1 (compile, and launch nothing)")
+    _compile_mode = int(mode)
+
+
+def get_compile_mode() -> int:
+    """As set_compile_mode set it."""
+    return _compile_mode
+
+
+def set_batch_invariant(enable: bool) -> None:
+    """Taken for compatibility: a row has the same bits for every M and every tile, whether this is on or off."""
+    global _batch_invariant
+    _batch_invariant = bool(enable)
+
+
+def get_batch_invariant() -> bool:
+    """As set_batch_invariant set it."""
+    return _batch_invariant
+
+
+def set_ignore_compile_dims(ignore: bool) -> None:
+    """Taken for compatibility: no dimension is ever compiled into a kernel."""
+
+
+def _change(**values: int | bool | None) -> None:
+    global _config
+    _config = replace(_config, **values)  # type: ignore[arg-type]
+
+
+def _is_whole(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
