@@ -5,9 +5,12 @@ The constants were fitted to a sweep of every tile on an H200 (docs/facts.md, pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from math import ceil, gcd
+from typing import Any
+
+import numpy as np
 
 from .config import Config
 from .errors import InvalidInputError
@@ -45,16 +48,75 @@ def tiles(column_scales: bool = False) -> tuple[Tile, ...]:
     return tuple(make_tile(m, n, *c) for m, n in shapes for c in clusters if (m, n, c) != (128, 256, (1, 2)))
 
 
-def candidates(problem: Problem, device: Device, config: Config) -> Iterator[Plan]:
-    """A plan for every tile that is legal for the problem."""
-    for tile in tiles(problem.column_scales):
-        if is_legal(tile, problem, device, config):
-            yield plan_for(tile, problem, device, config)
+class _Table:
+    """Tiles as columns of numbers: the cost model runs over all of them at once, so that a miss takes microseconds."""
+
+    def __init__(self, tiles: tuple[Tile, ...]) -> None:
+        def column(number: Callable[[Tile], float]) -> Any:
+            return np.array([number(tile) for tile in tiles])
+
+        self.tiles = tiles
+        self.block_m, self.block_n = column(lambda t: t.block_m), column(lambda t: t.block_n)
+        self.cluster_m, self.cluster_n = column(lambda t: t.cluster_m), column(lambda t: t.cluster_n)
+        self.cluster, self.smem_bytes = column(lambda t: t.cluster), column(lambda t: t.smem_bytes)
+        self.height, self.width = self.block_m * self.cluster_m, self.block_n * self.cluster_n
+        area = self.block_m * self.block_n
+        drag = column(lambda t: ONE_BANK if t.banks == 1 and t.warpgroups < 3 else 1)
+        self.tensor_ns = area / 32 / TENSOR_GHZ * drag * np.where(self.cluster > 1, CLUSTER_DRAG, 1)
+        self.latency_ns = BLOCK_NS + WARPGROUP_NS * (self.block_m // 64 - 1)
+        self.straddle_ns = column(
+            lambda t: 0 if t.block_n % 128 == 0 else STRADDLE_NS * t.warpgroups * t.block_n / gcd(t.chunk_n, 128)
+        )
+        self.tile_ns = TILE_NS + 64 * self.block_n * 2 / CONVERT_BYTES_PER_NS
+        self.start_us = START_US + np.where(self.cluster > 1, CLUSTER_START_US, 0)
+        self.end_us = area * 2 / STORE_BYTES_PER_NS / 1e3
+
+
+@cache
+def _table(column_scales: bool) -> _Table:
+    return _Table(tiles(column_scales))
+
+
+class _Costs:
+    """What a problem costs on each tile of a table, and how it would be launched: a column for each figure."""
+
+    def __init__(self, table: _Table, problem: Problem, device: Device, config: Config) -> None:
+        self._problem, self._config, self._table = problem, config, table
+        self.rows, groups, used = _rows(table, problem)
+        self.columns = _ceil_div(problem.n, table.width)
+        count = np.ceil(groups * self.rows * self.columns).astype(np.int64)
+        clusters = (config.num_sms or device.num_sms) // table.cluster
+        self.waves = _ceil_div(count, np.maximum(clusters, 1))
+        known = problem.kind in (Kind.DENSE, Kind.CONTIGUOUS)  # else there may be more tiles than expected
+        self.clusters = np.minimum(clusters, count) if known else clusters
+
+        rows = np.minimum(table.block_m, align(problem.m, 8))  # of a that are loaded
+        ingest = (rows + table.block_n) * BLOCK_K / SM_BYTES_PER_NS
+        shared = rows / table.cluster_n + table.block_n / table.cluster_m
+        l2 = shared * BLOCK_K * self.clusters * table.cluster / L2_BYTES_PER_NS
+        tensor = used * table.tensor_ns
+        self.block_ns = _norm(SHARPNESS, tensor, ingest, l2, table.latency_ns) + table.straddle_ns
+        k_blocks = problem.k_blocks / (problem.groups if problem.kind in (Kind.K_GROUPED, Kind.K_ENDS) else 1)
+        compute_us = self.waves * (k_blocks * self.block_ns + table.tile_ns) / 1e3
+        self.memory_us = problem.bytes / (MEMORY_EFFICIENCY * device.memory_gbps) / 1e3
+        self.us = table.start_us + _norm(SHARPNESS / 2, compute_us, self.memory_us) + table.end_us
+
+    def plan(self, i: int) -> Plan:
+        """The plan that walks the problem with the table's tile number i."""
+        table, tile, clusters = self._table, self._table.tiles[i], int(self.clusters[i])
+        figures = (self.us[i], table.start_us[i], self.waves[i], self.block_ns[i], table.tile_ns[i])
+        us, start_us, waves, block_ns, tile_ns = (x.item() for x in figures)
+        band = _band(tile, ceil(self.rows[i]), int(self.columns[i]), clusters)
+        cost = Cost(us, start_us, waves, block_ns, tile_ns, self.memory_us, table.end_us[i].item())
+        return Plan(self._problem, tile, clusters * tile.cluster, band, self._config.tc_util, self._config.pdl, cost)
 
 
 def ranked(problem: Problem, device: Device, config: Config = DEFAULT) -> tuple[Plan, ...]:
-    """Every plan for the problem, the cheapest first."""
-    return tuple(sorted(candidates(problem, device, config), key=lambda plan: plan.cost.us))
+    """A plan for every tile that is legal for the problem, the cheapest first."""
+    table = _table(problem.column_scales)
+    costs = _Costs(table, problem, device, config)
+    legal = np.flatnonzero(_legal(table, problem, device, config))
+    return tuple(costs.plan(i) for i in legal[np.argsort(costs.us[legal], kind="stable")])
 
 
 def choose(problem: Problem, device: Device, config: Config = DEFAULT) -> Plan:
@@ -62,59 +124,49 @@ def choose(problem: Problem, device: Device, config: Config = DEFAULT) -> Plan:
 
     Raises: InvalidInputError where set_block_size_multiple_of leaves no tile that is legal.
     """
-    plan = min(candidates(problem, device, config), key=lambda plan: plan.cost.us, default=None)
-    if plan is None:
+    table = _table(problem.column_scales)
+    legal = _legal(table, problem, device, config)
+    if not legal.any():
         raise InvalidInputError(f"no tile is left for {problem}: allow smaller ones by set_block_size_multiple_of(1)")
-    return plan
+    costs = _Costs(table, problem, device, config)
+    return costs.plan(int(np.where(legal, costs.us, np.inf).argmin()))
 
 
 def is_legal(tile: Tile, problem: Problem, device: Device, config: Config = DEFAULT) -> bool:
     """A cluster needs two tiles to share an operand, and two SMs; a tile has rows of one group alone."""
-    return (
-        tile.smem_bytes <= device.smem_bytes
-        and tile.cluster <= (config.num_sms or device.num_sms)
-        and (tile.cluster_m == 1 or problem.m > tile.block_m)
-        and (tile.cluster_n == 1 or problem.n > tile.block_n)
-        and (tile.cluster_m == 1 or problem.kind != Kind.CONTIGUOUS)
-        and (problem.kind != Kind.CONTIGUOUS or problem.alignment % tile.block_m == 0)
-        and tile.block_m % config.block_m == 0
-        and tile.block_n % config.block_n == 0
-    )
+    return bool(_legal(_Table((tile,)), problem, device, config)[0])
 
 
 def plan_for(tile: Tile, problem: Problem, device: Device, config: Config = DEFAULT) -> Plan:
     """The plan that walks the problem with that tile."""
-    rows, groups, used = _rows(tile, problem)
-    columns = ceil_div(problem.n, tile.block_n * tile.cluster_n)
-    tiles, clusters = ceil(groups * rows * columns), (config.num_sms or device.num_sms) // tile.cluster
-    waves = ceil_div(tiles, clusters)
-    if problem.kind in (Kind.DENSE, Kind.CONTIGUOUS):  # else there may be more tiles than expected
-        clusters = min(clusters, tiles)
-    return Plan(
-        problem,
-        tile,
-        clusters * tile.cluster,
-        _band(tile, ceil(rows), columns, clusters),
-        config.tc_util,
-        config.pdl,
-        _cost(tile, problem, device, clusters, waves, used),
-    )
+    return _Costs(_Table((tile,)), problem, device, config).plan(0)
 
 
-def _rows(tile: Tile, problem: Problem) -> tuple[float, int, float]:
+def _legal(table: _Table, problem: Problem, device: Device, config: Config) -> Any:
+    legal = (table.smem_bytes <= device.smem_bytes) & (table.cluster <= (config.num_sms or device.num_sms))
+    legal &= (table.cluster_m == 1) | (problem.m > table.block_m)
+    legal &= (table.cluster_n == 1) | (problem.n > table.block_n)
+    if problem.kind == Kind.CONTIGUOUS:
+        legal &= (table.cluster_m == 1) & (problem.alignment % table.block_m == 0)
+    return legal & (table.block_m % config.block_m == 0) & (table.block_n % config.block_n == 0)
+
+
+def _rows(table: _Table, problem: Problem) -> tuple[Any, int, Any]:
     """Rows of tiles in a group, groups that have them, and how much of a tile's height is in use.
 
     Where the device alone knows, groups are taken to be spread evenly from 0.7 to 1.3 times what is expected.
     """
-    height = tile.block_m * tile.cluster_m
     if problem.kind in (Kind.MASKED, Kind.ENDS):
         expected = max(1.0, problem.rows / problem.groups)
-        sizes = [min(ceil(expected * x), problem.m) for x in _SPREAD]
-        rows = sum(ceil_div(size, height) for size in sizes) / len(sizes)
-        used = sum(ceil_div(size, 64) for size in sizes) / len(sizes) * 64
-        return rows, problem.groups, used / (rows * height)
+        sizes = np.array([min(ceil(expected * x), problem.m) for x in _SPREAD])
+        rows = _ceil_div(sizes[:, None], table.height).mean(0)
+        return rows, problem.groups, _ceil_div(sizes, 64).mean() * 64 / (rows * table.height)
     groups = problem.groups if problem.kind in (Kind.K_GROUPED, Kind.K_ENDS) else 1
-    return ceil_div(problem.m, height), groups, 1.0
+    return _ceil_div(problem.m, table.height), groups, 1.0
+
+
+def _ceil_div(x: Any, y: Any) -> Any:
+    return -(-x // y)
 
 
 def _band(tile: Tile, rows: int, columns: int, clusters: int) -> int:
@@ -134,27 +186,7 @@ def _even_heights(rows: int) -> Iterator[int]:
     yield height
 
 
-def _cost(tile: Tile, problem: Problem, device: Device, clusters: int, waves: int, used: float) -> Cost:
-    m, n, ctas = tile.block_m, tile.block_n, clusters * tile.cluster
-    rows = min(m, align(problem.m, 8))  # of a that are loaded
-    tensor = used * m * n / 32 / TENSOR_GHZ
-    tensor *= (ONE_BANK if tile.banks == 1 and tile.warpgroups < 3 else 1) * (CLUSTER_DRAG if tile.cluster > 1 else 1)
-    ingest = (rows + n) * BLOCK_K / SM_BYTES_PER_NS
-    l2 = (rows / tile.cluster_n + n / tile.cluster_m) * BLOCK_K * ctas / L2_BYTES_PER_NS
-    latency = BLOCK_NS + WARPGROUP_NS * (tile.warpgroups - 1)
-    straddle = 0 if n % 128 == 0 else STRADDLE_NS * tile.warpgroups * n / gcd(tile.chunk_n, 128)
-    block = _norm(SHARPNESS, tensor, ingest, l2, latency) + straddle
-    per_tile = TILE_NS + 64 * n * 2 / CONVERT_BYTES_PER_NS
-    k_blocks = problem.k_blocks / (problem.groups if problem.kind in (Kind.K_GROUPED, Kind.K_ENDS) else 1)
-    compute_us = waves * (k_blocks * block + per_tile) / 1e3
-    memory_us = problem.bytes / (MEMORY_EFFICIENCY * device.memory_gbps) / 1e3
-    start_us = START_US + (CLUSTER_START_US if tile.cluster > 1 else 0)
-    end_us = m * n * 2 / STORE_BYTES_PER_NS / 1e3
-    us = start_us + _norm(SHARPNESS / 2, compute_us, memory_us) + end_us
-    return Cost(us, start_us, waves, block, per_tile, memory_us, end_us)
-
-
-def _norm(p: float, *terms: float) -> float:
+def _norm(p: float, *terms: Any) -> Any:
     return sum(term**p for term in terms) ** (1 / p)
 
 

@@ -165,9 +165,9 @@ def test_num_sms_caps_the_grid(problem: Problem, num_sms: int):
 
 def test_one_sm_has_no_clusters():
     deep_gemm.set_num_sms(1)
-    assert {plan.tile.cluster for plan in heuristics.candidates(DENSE, H200, config.current())} == {1}
+    assert {plan.tile.cluster for plan in heuristics.ranked(DENSE, H200, config.current())} == {1}
     deep_gemm.set_num_sms(2)
-    assert {plan.tile.cluster for plan in heuristics.candidates(DENSE, H200, config.current())} == {1, 2}
+    assert {plan.tile.cluster for plan in heuristics.ranked(DENSE, H200, config.current())} == {1, 2}
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_one_sm_has_no_clusters():
 )
 def test_block_size_multiple_leaves_some_tiles(multiple: Any, block_m: int, block_n: int):
     deep_gemm.set_block_size_multiple_of(multiple)
-    left = {plan.tile for plan in heuristics.candidates(DENSE, H200, config.current())}
+    left = {plan.tile for plan in heuristics.ranked(DENSE, H200, config.current())}
     assert left == {t for t in tiles() if t.block_m % block_m == 0 and t.block_n % block_n == 0}
     assert planned().tile in left
 

@@ -643,7 +643,7 @@ plain = ((64, 16), (64, 48, 1, 2), (128, 112), (128, 256, 2, 1), (192, 128, 1, 2
 for described, operands in cases:
     column = described.column_scales
     shapes = [(64, 32, 1, 1, True), (128, 128, 1, 1, True)] if column else plain
-    # What is not contiguous are scales, all of them 1. Copying such tensors takes a kernel, of which initcheck knows nothing.
+    # Scales are not contiguous, and all 1. To copy such a tensor takes a kernel that initcheck knows nothing of.
     tensors = {name: x for name, x in operands._asdict().items() if torch.is_tensor(x)}
     on_host = operands._replace(
         **{name: x.cpu() if x.is_contiguous() else torch.ones(x.shape) for name, x in tensors.items()}
