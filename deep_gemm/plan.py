@@ -140,7 +140,7 @@ DEVICE void wgmma(float (&d)[{registers}], uint64_t a, uint64_t b, bool accumula
 @cache
 def _kernel_texts() -> dict[str, str]:
     folder = Path(__file__).parent / "kernels"
-    names = [f"{ENTRY}.cu", "describe.cu", "scheduler.cuh"]
+    names = [f"{ENTRY}.cu", "describe.cu", "report.cu", "scheduler.cuh"]
     names += [f"ptx/{part}.cuh" for part in ("base", "barrier", "tma", "wgmma", "matrix")]
     return {name: (folder / name).read_text() for name in names}
 
@@ -226,3 +226,8 @@ def make_tile(block_m: int, block_n: int, cluster_m: int = 1, cluster_n: int = 1
 def describing_source() -> Source:
     """The kernel that describes groups along K to the copy engine; the same for every tile."""
     return _source("describe.cu", make_tile(64, 32, column_scales=True).render())
+
+
+def reporting_source() -> Source:
+    """The kernel that says, in debug mode, what is wrong with a contiguous grouped layout."""
+    return _source("report.cu", "")

@@ -614,6 +614,33 @@ def test_k_grouped_two_thousand_repeats_of_one_block():
     assert int(differences) == 0
 
 
+REPORTED = """
+import torch, deep_gemm
+a = torch.ones(256, 128).to(torch.float8_e4m3fn).cuda(), torch.ones(256, 1).cuda()
+b = torch.ones(2, 64, 128).to(torch.float8_e4m3fn).cuda(), torch.ones(2, 1, 1).cuda()
+d, layout = torch.ones(256, 64, dtype=torch.bfloat16).cuda(), torch.zeros(256, dtype=torch.int32)
+layout[5], layout[9], layout[200], layout[220] = 2, -7, 1, -1
+deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, b, d, layout.cuda())
+assert [int(x) for x in (d[:, 0] == 0).nonzero()] == [5, 9, 220]
+"""
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_strange_rows_are_reported_in_debug_mode(value):
+    environment = os.environ | {"DG_JIT_DEBUG": value}
+    command = [sys.executable, "-c", REPORTED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    padding = "expected -1 to 1: the row is treated as padding"
+    lines = [
+        f"deep_gemm: grouped_layout[5] is 2, {padding}",
+        f"deep_gemm: grouped_layout[9] is -7, {padding}",
+        "deep_gemm: grouped_layout[200] is 1, but 0 where its block of 128 rows starts: "
+        "groups start at multiples of 128",
+    ]
+    assert sorted(done.stdout.splitlines()) == (sorted(lines) if value == "1" else [])
+
+
 SANITIZED = """
 import torch, deep_gemm
 from deep_gemm import heuristics, problem

@@ -25,6 +25,9 @@ cuda = importlib.import_module("cuda.bindings.driver")
 SUCCESS = (cuda.CUresult.CUDA_SUCCESS,)
 
 
+REPORT = 99  # the number of the kernel that reports
+
+
 class Notes:
     """Stands for cuda.bindings.driver: its types are the real ones, its functions write down what they are given."""
 
@@ -33,6 +36,7 @@ class Notes:
         self.replaced: list[tuple[int, int]] = []
         self.launched: list[SimpleNamespace] = []
         self.fail: Any = None
+        self.reported: list[list[int]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(cuda, name)
@@ -50,6 +54,11 @@ class Notes:
     def cuLaunchKernelEx(self, config, kernel, parameters, extra):
         if self.fail:
             return (self.fail,)
+        if int(kernel) == REPORT:
+            pointers = (ctypes.c_void_p * 4).from_address(parameters)
+            types = (ctypes.c_uint64, *[ctypes.c_uint32] * 3)
+            self.reported.append([t.from_address(p).value for t, p in zip(types, pointers, strict=True)])
+            return SUCCESS
         args = launch._Args.from_address(ctypes.c_void_p.from_address(parameters).value)
         p = args.problem
         self.launched.append(
@@ -191,7 +200,7 @@ def test_column_scales_are_described(notes: Notes):
 
 
 def test_groups_along_k_are_described_by_a_kernel(notes: Notes, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launch, "_describing_kernel", lambda index: cuda.CUfunction(1))
+    monkeypatch.setattr(launch, "_small_kernel", lambda source, index: cuda.CUfunction(1))
     flat = [torch.zeros(384 * rows, dtype=torch.uint8).view(torch.float8_e4m3fn) for rows in (64, 48)]
     layout, d = torch.zeros(5, dtype=torch.int32), torch.empty(5, 64, 48)
     o = Operands(flat[0], torch.ones(64, 3), flat[1], torch.ones(48, 3), d, layout)
@@ -202,6 +211,17 @@ def test_groups_along_k_are_described_by_a_kernel(notes: Notes, monkeypatch: pyt
     assert fields(launched, "a", "b", "layout") == [flat[0].data_ptr(), flat[1].data_ptr(), layout.data_ptr()]
     assert launched.problem["maps"] and launched.problem["maps"] == describing.problem["maps"]
     assert [x.shape for x in notes.encoded[:2]] == [[384, 64, 1], [384, 48, 1]]
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_layouts_are_reported_on_in_debug_mode(value: str, notes: Notes, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DG_JIT_DEBUG", value)
+    monkeypatch.setattr(launch, "_small_kernel", lambda source, index: cuda.CUfunction(REPORT))
+    layout, plain = torch.zeros(256, dtype=torch.int32), operands(256, 48, 128)
+    o = plain._replace(b=plain.b.view(1, 48, 128), b_scales=plain.b_scales.view(1, 1, 1), layout=layout)
+    launch.launch(plan((64, 32), 256, 48, 128, kind=Kind.CONTIGUOUS, alignment=128), o)
+    assert notes.reported == [[layout.data_ptr(), 256, 1, 128]] * int(value)
+    assert [launched.kernel for launched in notes.launched] == [32]
 
 
 @pytest.mark.parametrize(("tile", "pdl", "count"), [((64, 32), False, 0), ((64, 32), True, 1), ((128, 64, 2), True, 2)])

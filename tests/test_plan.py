@@ -60,6 +60,12 @@ def test_the_kernel_that_describes_groups_compiles_clean():
     assert info.local_bytes == info.local_loads == info.local_stores == info.qgmma == 0
 
 
+def test_the_kernel_that_reports_compiles_where_local_memory_is_ruled_out(monkeypatch):
+    """printf takes its arguments from there."""
+    monkeypatch.setenv("DG_JIT_PTXAS_CHECK", "1")
+    assert obtain(plan.reporting_source()).warnings == []
+
+
 def test_tiles_are_distinct_and_fit():
     assert len(set(ALL_TILES)) == len(ALL_TILES)
     for tile in ALL_TILES:

@@ -13,9 +13,9 @@ import torch
 from .. import settings
 from ..heuristics import box_rows
 from ..layout import align, ceil_div, get_mn_major_tma_aligned_tensor
-from ..plan import BLOCK_K, ENTRY, Plan, Tile, describing_source
+from ..plan import BLOCK_K, ENTRY, Plan, Tile, describing_source, reporting_source
 from ..problem import Kind, Operands
-from .compiler import cubin_for
+from .compiler import Source, cubin_for
 from .driver import bind_context, check, driver
 
 DEBUG_WAIT_SECONDS = 2
@@ -109,7 +109,7 @@ def prepare(plan: Plan, device_index: int) -> None:
         _launchers()
         kernel_for(plan.tile, device_index)
         if plan.problem.kind in (Kind.K_GROUPED, Kind.K_ENDS):
-            _describing_kernel(device_index)
+            _small_kernel(describing_source(), device_index)
 
 
 class _Launcher:
@@ -130,9 +130,13 @@ class _Launcher:
         ]
         self._addresses = [getattr(o, name).data_ptr() for name in encoded]
         self._config = _launch_config(cuda, plan.ctas, tile.threads, tile.smem_bytes, tile.cluster, plan.pdl)
+        self._report: Any = None
+        if plan.problem.kind == Kind.CONTIGUOUS and settings.get("DG_JIT_DEBUG"):
+            self._report = _small_kernel(reporting_source(), self._index)
+            self._report_config = _launch_config(cuda, 1, 1024, 0, 1, plan.pdl)
         self._describe: Any = None
         if plan.problem.kind in (Kind.K_GROUPED, Kind.K_ENDS):
-            self._describe = _describing_kernel(self._index)
+            self._describe = _small_kernel(describing_source(), self._index)
             self._describe_config = _launch_config(cuda, 1, 32, 0, 1, plan.pdl)
 
     def __call__(self, o: Operands) -> None:
@@ -150,15 +154,20 @@ class _Launcher:
         problem.layout = 0 if o.layout is None else o.layout.data_ptr()
         problem.c = 0 if o.c is None else o.c.data_ptr()
         stream = torch._C._cuda_getCurrentRawStream(self._index)  # pyright: ignore
+        if self._report is not None:
+            p = self._plan.problem
+            values = (ctypes.c_uint64(problem.layout), *(ctypes.c_uint32(x) for x in (p.m, p.groups, p.alignment)))
+            parameters = (ctypes.c_void_p * 4)(*(ctypes.addressof(value) for value in values))
+            self._queue(self._report, self._report_config, stream, ctypes.addressof(parameters))
         if self._describe is not None:
             maps = torch.empty(self._plan.problem.groups * 2 * MAP_BYTES, dtype=torch.uint8, device=o.d.device)
             problem.a, problem.b, problem.maps = o.a.data_ptr(), o.b.data_ptr(), maps.data_ptr()
             self._queue(self._describe, self._describe_config, stream)
         self._queue(self._kernel, self._config, stream)
 
-    def _queue(self, kernel: Any, config: Any, stream: int) -> None:
+    def _queue(self, kernel: Any, config: Any, stream: int, parameters: int = 0) -> None:
         config.hStream = stream
-        result = self._launch(config, kernel, self._parameters_address, 0)
+        result = self._launch(config, kernel, parameters or self._parameters_address, 0)
         if int(result[0]):
             check(result, f"launching {self._plan}")
 
@@ -200,7 +209,8 @@ def _launchers() -> dict[Any, _Launcher]:
 
 
 _lock = threading.Lock()
-_kernels: dict[tuple[Tile | None, int, bool], Any] = {}
+_kernels: dict[tuple[Tile, int, bool], Any] = {}
+_small_kernels: dict[tuple[str, int], Any] = {}
 
 
 def kernel_for(tile: Tile, device_index: int) -> Any:
@@ -215,14 +225,14 @@ def kernel_for(tile: Tile, device_index: int) -> Any:
     return _kernels[key]
 
 
-def _describing_kernel(device_index: int) -> Any:
-    """The kernel that describes the a and b of every group to the copy engine, ready for that device."""
-    key = (None, device_index, False)
-    if key not in _kernels:
+def _small_kernel(source: Source, device_index: int) -> Any:
+    """A kernel beside the one that multiplies, ready for that device."""
+    key = (source.name, device_index)
+    if key not in _small_kernels:
         with _lock:
-            if key not in _kernels:
-                _kernels[key] = _load(cubin_for(describing_source()), "describe", 0, device_index)
-    return _kernels[key]
+            if key not in _small_kernels:
+                _small_kernels[key] = _load(cubin_for(source), source.stem, 0, device_index)
+    return _small_kernels[key]
 
 
 def _load(image: bytes, name: str, smem_bytes: int, device_index: int) -> Any:
