@@ -42,7 +42,7 @@ def test_every_tile_compiles_clean(wait_limit):
 
 
 R2UR, QGMMA, OPCODE = 0x0CA, 0x1F3, 0x1FF
-MAX_MOVES = 16
+MAX_MOVES = 32
 
 
 def moves_to_uniform_registers(image):
