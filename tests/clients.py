@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import library
 
 N, K, GROUPS = 576, 512, 4
 ROWS, BLOCKS = 300, 7  # of a dense a; of 128 rows, in a contiguous one
@@ -133,14 +134,14 @@ class Operands:
 # vLLM: custom ops that mutate out, eager, compiled and in CUDA graphs
 
 
-@torch.library.custom_op("clients::dense", mutates_args=("out",))
+@library.custom_op("clients::dense", mutates_args=("out",))
 def dense_op(
     a: torch.Tensor, a_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, out: torch.Tensor, cast: bool
 ) -> None:
     vllm().dense((a, a_scales), (w, w_scales), out, disable_ue8m0_cast=not cast)
 
 
-@torch.library.custom_op("clients::contiguous", mutates_args=("out",))
+@library.custom_op("clients::contiguous", mutates_args=("out",))
 def contiguous_op(
     a: torch.Tensor,
     a_scales: torch.Tensor,
@@ -153,7 +154,7 @@ def contiguous_op(
     vllm().contiguous((a, a_scales), (w, w_scales), out, expert_ids, disable_ue8m0_cast=not cast)
 
 
-@torch.library.custom_op("clients::masked", mutates_args=("out",))
+@library.custom_op("clients::masked", mutates_args=("out",))
 def masked_op(
     a: torch.Tensor,
     a_scales: torch.Tensor,
