@@ -110,7 +110,7 @@ def set_compile_mode(mode: int) -> None:
     Raises: InvalidInputError for another mode.
     """
     global _compile_mode
-    if mode not in (0, 1):
+    if not isinstance(mode, int) or mode not in (0, 1):
         raise InvalidInputError(f"the compile mode is {mode}, expected 0 (multiply) or 1 (compile, and launch nothing)")
     _compile_mode = int(mode)
 

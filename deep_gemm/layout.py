@@ -84,6 +84,10 @@ def transform_sf_into_required_layout(
             "sf has dtype torch.int32, expected torch.float32: packed UE8M0 scales are for Blackwell, pass FP32 scales"
         )
     _check_scales(sf)
+    for name, size in (("mn", mn), ("k", k), ("num_groups", 0 if num_groups is None else num_groups)):
+        if not isinstance(size, int) or size < 0:
+            got = size if isinstance(size, int) else f"a {type(size).__name__}"
+            raise InvalidInputError(f"{name} is {got}, expected a size: pass that of the values that sf belongs to")
     granularity = _granularity(recipe, is_sfa)
     leading = () if num_groups is None else (num_groups,)
     want = (*leading, ceil_div(mn, granularity[0]), ceil_div(k, granularity[1]))
@@ -98,7 +102,7 @@ def transform_sf_into_required_layout(
 def _granularity(recipe: Sequence[int], is_sfa: bool | None) -> tuple[int, int]:
     """What a recipe says of one operand: elements that share a scale along mn and along k."""
     got = tuple(recipe) if isinstance(recipe, Sequence) else recipe
-    if not isinstance(got, tuple) or len(got) not in (2, 3):
+    if not isinstance(got, tuple) or len(got) not in (2, 3) or not all(isinstance(x, int) for x in got):
         raise InvalidInputError(
             f"recipe is {got}, expected (gran_mn, gran_k) or (gran_m, gran_n, gran_k): pass (1, 128) or (128, 128)"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -145,6 +146,8 @@ def contiguous(
     clear_padding: bool,
 ) -> tuple[Problem, Operands]:
     """Checks the operands of a multiplication whose groups are rows of one a. Raises: InvalidInputError."""
+    _flag("use_psum_layout", ends)
+    _flag("ensure_zero_padding", clear_padding)
     a_values, a_scales = _pair("a", a, TOKEN, 2, "expected 2 ([M, K]): put the rows of all groups one behind the other")
     b_values, b_scales = _pair("b", b, BLOCK, 3, "expected 3 ([G, N, K]): stack the groups' weights")
     (m, k), (groups, n, _) = a_values.shape, b_values.shape
@@ -161,12 +164,13 @@ def contiguous(
         )
     check_shape(m, n, k, groups)
     kind = Kind.ENDS if ends else Kind.CONTIGUOUS
-    problem = Problem(m, n, k, kind, groups, expected_m if ends else None, alignment)
+    expected = int(expected_m) if ends and expected_m is not None else None
+    problem = Problem(m, n, k, kind, groups, expected, alignment)
     _scales("a", a_scales, a_values, (m, problem.k_blocks), TOKEN)
     _scales("b", b_scales, b_values, (groups, ceil_div(n, 128), problem.k_blocks), BLOCK)
     _laid_out(a_values, b_values, d)
     return problem, _on_one_device(
-        Operands(a_values, a_scales, b_values, b_scales, d, layout, clear_padding=clear_padding)
+        Operands(a_values, a_scales, b_values, b_scales, d, layout, clear_padding=bool(clear_padding))
     )
 
 
@@ -207,6 +211,7 @@ def k_grouped(
     alignment: int,
 ) -> tuple[Problem, Operands]:
     """Checks the operands of a multiplication that is grouped along K. Raises: InvalidInputError."""
+    _flag("use_psum_layout", ends)
     flat = "expected 1 ([sum(K) * M]): for every group [M, K] of its own, flattened, one behind the other"
     a_values, a_scales = _pair("a", a, "per_channel_cast_to_fp8", 1, flat, 2)
     b_values, b_scales = _pair("b", b, "per_channel_cast_to_fp8", 1, flat, 2)
@@ -237,6 +242,11 @@ def k_grouped(
         assert ks is not None
         if ends:
             raise InvalidInputError("grouped_layout is None, expected the running ends: pass them, int32 [G]")
+        if d.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise InvalidInputError(
+                "grouped_layout is None while a CUDA graph is captured, expected int32 [G] on the device: "
+                "make it from ks_cpu before the capture"
+            )
         layout = torch.tensor(ks, dtype=torch.int32, device=d.device)
     _indices("grouped_layout", layout, groups, "the end of every group along K" if ends else "the K of every group")
     check_shape(m, n, max(size, 128), groups)
@@ -329,11 +339,17 @@ def _check_compiled_dims(compiled_dims: str) -> None:
 
 
 def _is(recipe: Sequence[int] | None, want: tuple[int, ...]) -> bool:
-    return isinstance(recipe, Sequence) and tuple(recipe) == want
+    return isinstance(recipe, Sequence) and all(_is_whole(x) for x in recipe) and tuple(recipe) == want
 
 
 def _is_whole(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
+    """NumPy's whole numbers are, too: clients compute hints with them."""
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def _flag(name: str, x: object) -> None:
+    if not isinstance(x, (bool, int)):
+        raise InvalidInputError(f"{name} is {_kind(x)}, expected True or False: pass options by keyword")
 
 
 def _shape(x: torch.Tensor) -> tuple[int, ...]:

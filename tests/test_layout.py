@@ -360,3 +360,14 @@ def test_another_gpu_than_hopper_copies(monkeypatch: pytest.MonkeyPatch) -> None
     x, out = torch.randn(7, 4), torch.zeros(4, 8).mT[:7]
     assert torch.equal(transpose.to_mn_major(x, out), x)
     transpose._kernel.cache_clear()
+
+
+@pytest.mark.parametrize(("name", "value"), [("mn", torch.zeros(2)), ("k", -1), ("num_groups", "2")])
+def test_sizes_of_scales_that_are_none(name: str, value: object) -> None:
+    sizes = {"mn": 8, "k": 256, "num_groups": None, name: value}
+    got = value if isinstance(value, int) else f"a {type(value).__name__}"
+    with pytest.raises(InvalidInputError, match=f"^{name} is {got}, expected a size: pass that of the values"):
+        layout.transform_sf_into_required_layout(torch.zeros(8, 2), recipe=(1, 128), **sizes)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match=r"^recipe is "):
+        recipe = (torch.zeros(2), torch.zeros(2))
+        layout.transform_sf_into_required_layout(torch.zeros(8, 2), 8, 256, recipe)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -525,3 +526,29 @@ print([m for m in set(sys.modules) - before if m.split(".")[0] in ("cuda", "safe
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("contiguous", "use_psum_layout"), ("contiguous", "ensure_zero_padding"), ("k_grouped", "use_psum_layout")],
+)
+def test_flags_that_are_none(kind, name):
+    """A tensor in the place of a flag is an argument that slipped: its truth is no answer."""
+    gemm, operands = GOOD[kind]
+    with pytest.raises(InvalidInputError) as error:
+        gemm(**operands() | {name: torch.zeros(2)})
+    assert str(error.value) == f"{name} is a Tensor, expected True or False: pass options by keyword"
+    gemm(**operands() | {name: 0})
+
+
+def test_recipes_of_tensors_are_rejected():
+    a, b, d = good()
+    with pytest.raises(InvalidInputError, match=r"expected \(1, 128, 128\) or None"):
+        deep_gemm.fp8_gemm_nt(a, b, d, recipe=(torch.zeros(0), torch.zeros(0), torch.zeros(0)))
+
+
+def test_whole_numbers_of_numpy_are_whole():
+    gemm, operands = GOOD["masked"]
+    gemm(**operands() | {"expected_m": np.int64(3)})
+    gemm, operands = GOOD["k_grouped"]
+    gemm(**operands() | {"ks_cpu": [np.int32(k) for k in KS]})
