@@ -44,7 +44,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.full(shape, float("nan"), dtype=x.dtype, device=x.device)
 
     def launched(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        assert transpose._loaded(x.device.index) is not None
+        assert transpose.prepare(x.device.index) is not None
         return transpose.to_mn_major(x, out)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)

@@ -12,7 +12,7 @@ from probe import numbered
 import deep_gemm
 from deep_gemm import settings
 from deep_gemm.errors import InvalidInputError
-from deep_gemm.runtime import launch, tools
+from deep_gemm.runtime import driver, launch, tools
 from deep_gemm.runtime.compiler import cubin_for
 
 FLAGS = get_args(settings.Flag)
@@ -211,8 +211,9 @@ def test_load_time_is_printed(value: str, monkeypatch: pytest.MonkeyPatch, capsy
     idle = SimpleNamespace(CUfunction_attribute=attribute, CUfunction=int)
     for name in ("cuLibraryLoadData", "cuLibraryGetKernel", "cuDeviceGet", "cuKernelSetAttribute"):
         setattr(idle, name, lambda *arguments: 7)
-    monkeypatch.setattr(launch, "driver", lambda: idle)
-    monkeypatch.setattr(launch, "check", lambda result, action: result)
+    for module in (launch, driver):
+        monkeypatch.setattr(module, "driver", lambda: idle)
+        monkeypatch.setattr(module, "check", lambda result, action: result)
     monkeypatch.setenv("DG_JIT_PRINT_LOAD_TIME", value)
     assert launch._load(b"image", "64x16", 1024, 0) == 7
     said = capsys.readouterr().err

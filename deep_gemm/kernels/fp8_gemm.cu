@@ -16,7 +16,7 @@ constexpr int BLOCK_K = 128;                        // bytes, elements, and colu
 constexpr int CLUSTER = CLUSTER_M * CLUSTER_N;
 constexpr int CHUNKS = BLOCK_N / CHUNK_N;           // of one wgmma's width, that a warpgroup works through one by one
 constexpr int WARPS = WARPGROUPS * 4;               // consumer warps, of 16 rows each
-constexpr int THREADS = (WARPGROUPS + 1) * 128;     // the last warpgroup has the producing, the scheduling, the storing warp
+constexpr int THREADS = (WARPGROUPS + 1) * 128;     // the last warpgroup has all warps that multiply nothing
 constexpr int SCALE_N = gcd(CHUNK_N, 128);          // adjacent columns that are sure to share a scale of b
 constexpr int B_SCALES = COLUMN_SCALES ? 1 : (128 - gcd(BLOCK_N, 128) + BLOCK_N + 127) / 128;  // scale columns a tile can touch
 constexpr int TILES = 4;                            // that are known in advance, or not yet stored
@@ -90,7 +90,7 @@ public:
     DEVICE void release() { barrier_arrive(shared_address(&smem.tile_empty[index++ % TILES])); }
 };
 
-// Brings one tile's operands, K block by K block. PLAIN: as fast as can be, of a one box a block.
+// Brings one tile's operands, K block by K block. PLAIN: of a one box for every block, and no pace to keep.
 template <bool PLAIN> DEVICE void load(const Args& args, SharedStorage& smem, Tile tile, Pipeline& pipe) {
     const Problem& problem = args.problem;
     const bool own_maps = along_k(problem);  // a group's a and b are matrices of their own
@@ -445,8 +445,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_gemm(const __grid_c
         leave();
     } else {
         if constexpr (WARPGROUPS > 1) registers_decrease<PRODUCER_REGISTERS>();
-        // ptxas lays the last branch out first. Those that are waited for come last, for code that lies near the kernel's entry is
-        // fetched with it, and what lies far takes another 2000 clk to be fetched (docs/facts.md).
         if (warp == WARPS) {
             if constexpr (!COLUMN_SCALES) clear_padding(args.problem);
         } else if (warp == WARPS + 1) {

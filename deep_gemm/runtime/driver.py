@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from importlib import import_module
 from typing import Any
 
 import torch
 
+from .. import settings
 from ..errors import LaunchError, MissingDependencyError
 
 
@@ -29,6 +32,16 @@ def check(result: tuple[Any, ...], doing: str) -> Any:
         _, text = driver().cuGetErrorString(code)
         raise LaunchError(f"{doing}: {name.decode()}: {text.decode()}", code=int(code), name=name.decode())
     return values[0] if values else None
+
+
+def load(image: bytes, entry: str, name: str) -> Any:
+    """The kernel `entry` of a cubin, a CUkernel for every device. name: for messages. Raises: LaunchError."""
+    cuda, start = driver(), time.perf_counter()
+    library = check(cuda.cuLibraryLoadData(image, [], [], 0, [], [], 0), f"loading the kernel of {name}")
+    kernel = check(cuda.cuLibraryGetKernel(library, entry.encode()), f"looking up {entry}")
+    if settings.get("DG_JIT_PRINT_LOAD_TIME"):
+        print(f"deep_gemm: loaded {name} in {(time.perf_counter() - start) * 1e3:.2f} ms", file=sys.stderr)
+    return kernel
 
 
 def bind_context() -> None:

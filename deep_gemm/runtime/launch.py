@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 import threading
-import time
 from typing import Any
 
 import torch
@@ -16,7 +14,8 @@ from ..layout import align, ceil_div, get_mn_major_tma_aligned_tensor
 from ..plan import BLOCK_K, ENTRY, Plan, Tile, describing_source, reporting_source
 from ..problem import Kind, Operands
 from .compiler import Source, cubin_for
-from .driver import bind_context, check, driver
+from .driver import bind_context, check, driver, load
+from .transpose import prepare as prepare_transposition
 
 DEBUG_WAIT_SECONDS = 2
 MAP_BYTES = 128
@@ -76,15 +75,13 @@ def launch(plan: Plan, operands: Operands) -> None:
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
             return launch(plan, operands)
-    operands = operands._replace(a_scales=mn_major(operands.a_scales))
-    if plan.tile.column_scales:
-        operands = operands._replace(b_scales=mn_major(operands.b_scales))
-    c, d = operands.c, operands.d
-    if c is not None and (c.stride() != d.stride() or c.data_ptr() % 16):  # the kernel has d's strides for it
-        operands = operands._replace(
-            c=torch.empty_strided(d.shape, d.stride(), dtype=d.dtype, device=d.device).copy_(c)
-        )
     o = operands
+    a_scales, b_scales = mn_major(o.a_scales), mn_major(o.b_scales) if plan.tile.column_scales else o.b_scales
+    c, d = o.c, o.d
+    if c is not None and (c.stride() != d.stride() or c.data_ptr() % 16):  # the kernel has d's strides for it
+        c = torch.empty_strided(d.shape, d.stride(), dtype=d.dtype, device=d.device).copy_(c)
+    if a_scales is not o.a_scales or b_scales is not o.b_scales or c is not o.c:
+        o = o._replace(a_scales=a_scales, b_scales=b_scales, c=c)
     key = (
         plan,
         index,
@@ -96,11 +93,11 @@ def launch(plan: Plan, operands: Operands) -> None:
         o.clear_padding,
     )
     launchers = _launchers()
-    launcher = launchers.pop(key, None) or _Launcher(plan, operands)
+    launcher = launchers.pop(key, None) or _Launcher(plan, o)
     launchers[key] = launcher
     if len(launchers) > MAX_LAUNCHERS:
         launchers.pop(next(iter(launchers)))
-    launcher(operands)
+    launcher(o)
 
 
 def prepare(plan: Plan, device_index: int) -> None:
@@ -108,6 +105,7 @@ def prepare(plan: Plan, device_index: int) -> None:
     with torch.cuda.device(device_index):
         _launchers()
         kernel_for(plan.tile, device_index)
+        prepare_transposition(device_index)  # for scales that are not laid out yet
         if plan.problem.kind in (Kind.K_GROUPED, Kind.K_ENDS):
             _small_kernel(describing_source(), device_index)
 
@@ -236,17 +234,13 @@ def _small_kernel(source: Source, device_index: int) -> Any:
 
 
 def _load(image: bytes, name: str, smem_bytes: int, device_index: int) -> Any:
-    cuda, start = driver(), time.perf_counter()
-    library = check(cuda.cuLibraryLoadData(image, [], [], 0, [], [], 0), f"loading the kernel of {name}")
-    kernel = check(cuda.cuLibraryGetKernel(library, ENTRY.encode()), f"looking up {ENTRY}")
+    cuda, kernel = driver(), load(image, ENTRY, name)
     device = check(cuda.cuDeviceGet(device_index), f"looking up device {device_index}")
     attribute = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     check(
         cuda.cuKernelSetAttribute(attribute, smem_bytes, kernel, device),
         f"asking for {smem_bytes} bytes of shared memory",
     )
-    if settings.get("DG_JIT_PRINT_LOAD_TIME"):
-        print(f"deep_gemm: loaded {name} in {(time.perf_counter() - start) * 1e3:.2f} ms", file=sys.stderr)
     return cuda.CUfunction(int(kernel))
 
 

@@ -13,7 +13,7 @@ import torch
 
 from . import device
 from .compiler import Source, cubin_for
-from .driver import bind_context, check, driver
+from .driver import bind_context, check, driver, load
 
 ENTRY = "to_mn_major"
 THREADS = 256
@@ -53,7 +53,7 @@ def to_mn_major(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
             return to_mn_major(x, out)
-    kernel = _loaded(index) if x.numel() else None
+    kernel = prepare(index) if x.numel() else None
     if kernel is None:
         return out.copy_(x)
     walk = walk_of(x.shape, x.stride(), out.stride())
@@ -124,16 +124,14 @@ def source() -> Source:
 _lock = threading.Lock()
 
 
-def _loaded(index: int) -> Any:
+def prepare(index: int) -> Any:
+    """The kernel, compiled and loaded at the device's first use of it; None unless the device is a Hopper GPU."""
     with _lock:
         return _kernel(index)
 
 
 @cache
 def _kernel(index: int) -> Any:
-    """Compiled and loaded at the device's first use of it; None unless the device is a Hopper GPU."""
     if device.current(index).capability != device.HOPPER:
         return None
-    cuda = driver()
-    library = check(cuda.cuLibraryLoadData(cubin_for(source()), [], [], 0, [], [], 0), "loading layout.cu")
-    return cuda.CUfunction(int(check(cuda.cuLibraryGetKernel(library, ENTRY.encode()), f"looking up {ENTRY}")))
+    return driver().CUfunction(int(load(cubin_for(source()), ENTRY, "layout.cu")))

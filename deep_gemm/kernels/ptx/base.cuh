@@ -63,9 +63,6 @@ DEVICE uint32_t inclusive_sum(uint32_t value) {
 // griddepcontrol.wait: until the kernel before has finished, if this one was launched to overlap with it
 DEVICE void previous_kernel_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// griddepcontrol.launch_dependents: the next kernel may start, if it was launched to overlap with this one
-DEVICE void next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
 // mov.u32 %clock, again and again: lets that many clocks pass
 DEVICE void spin(uint32_t clocks) {
     const auto now = [] {
