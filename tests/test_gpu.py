@@ -2,12 +2,12 @@
 
 import os
 import random
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import sanitizer
 import torch
 
 import deep_gemm
@@ -458,13 +458,6 @@ print("ran")
 """
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+@pytest.mark.parametrize("tool", sanitizer.TOOLS)
 def test_compute_sanitizer(tool):
-    if not shutil.which("compute-sanitizer"):
-        pytest.skip("compute-sanitizer is not on PATH")
-    # cuda-bindings looks for functions that a driver may not have; that is no error of ours.
-    options = ["--error-exitcode", "9", "--kernel-name", "kns=fp8_gemm", "--report-api-errors", "no"]
-    command = ["compute-sanitizer", "--tool", tool, *options, sys.executable, "-c", SANITIZED]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert result.returncode == 0 and "ran" in result.stdout, result.stdout[-3000:] + result.stderr[-3000:]
+    sanitizer.check(tool, SANITIZED)

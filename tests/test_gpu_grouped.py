@@ -6,7 +6,6 @@ Dead rows always hold NaN or 1e38, in values and scales, and d lies between guar
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
+import sanitizer
 import torch
 
 import deep_gemm
@@ -686,13 +686,6 @@ print("ran")
 """
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+@pytest.mark.parametrize("tool", sanitizer.TOOLS)
 def test_compute_sanitizer(tool):
-    if not shutil.which("compute-sanitizer"):
-        pytest.skip("compute-sanitizer is not on PATH")
-    # cuda-bindings looks for functions that a driver may not have; that is no error of ours.
-    options = ["--error-exitcode", "9", "--kernel-name", "kns=fp8_gemm", "--report-api-errors", "no"]
-    command = ["compute-sanitizer", "--tool", tool, *options, sys.executable, "-c", SANITIZED]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0 and "ran" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    sanitizer.check(tool, SANITIZED)
