@@ -19,23 +19,27 @@ from .plan import BLOCK_K, Cost, Plan, Tile, make_tile
 from .problem import Kind, Problem
 from .runtime.device import Device
 
-START_US = 2.6  # from one launch to the next
-CLUSTER_START_US = 0.7  # more, if CTAs have to start in pairs
-TENSOR_GHZ = 1.5  # the clock under load, times the share of it in which the tensor cores are busy
-CLUSTER_DRAG = 1.07  # more time where every stage waits for both CTAs of a cluster
-ONE_BANK = 1.12  # more time where one or two warpgroups have to wait for each other's promotion
-STRADDLE_NS = 4  # for a warpgroup to choose the scale of b, for every run of columns that is sure to share one
-SM_BYTES_PER_NS = 125  # what the copy engine brings into one SM
-L2_BYTES_PER_NS = 14_000  # what L2 delivers to all of them
-BLOCK_NS = 105  # a K block takes, however small, and
-WARPGROUP_NS = 50  # for every further warpgroup
-TILE_NS = 600  # from one tile to the next, and
-CONVERT_BYTES_PER_NS = 45  # for a warpgroup to hand over its part of the result
-STORE_BYTES_PER_NS = 25  # of the last result, which nothing is left to hide
-MEMORY_EFFICIENCY = 0.93  # of the rate at which weights can be streamed
+START_US = 2.77  # from one launch to the next
+CLUSTER_START_US = 1.02  # more, if CTAs have to start in pairs
+TENSOR_GHZ = 1.8  # the tensor cores' clock where nothing else limits them
+CLUSTER_DRAG = 1.055  # more time where every stage waits for both CTAs of a cluster
+ONE_BANK = 1.23  # more time where one or two warpgroups have to wait for each other's promotion
+STRADDLE_NS = 3.25  # for a warpgroup to choose the scale of b, for every run of columns that is sure to share one
+SM_BYTES_PER_NS = 115  # what the copy engine brings into one SM
+L2_BYTES_PER_NS = 15_800  # what L2 delivers to all of them
+BLOCK_NS = 98  # a K block takes, however small, and
+WARPGROUP_NS = 18  # for every further warpgroup
+TILE_NS = 436  # from one tile to the next, and
+CONVERT_BYTES_PER_NS = 46  # for a warpgroup to hand over its part of the result
+STORE_BYTES_PER_NS = 60  # of the last result, which nothing is left to hide
+HALVED = 0.83  # of a turn of tiles, if it is halves of tiles
+UNEVEN = 0.75  # of a turn that the busiest CTA has more than the mean, where tiles are claimed one by one
+FLOP_PER_US = 1.438e9  # what power allows if nothing is loaded, and
+BYTES_PER_US = 1.376e8  # if nothing is multiplied
+MEMORY_EFFICIENCY = 0.97  # of the rate at which weights can be streamed
 DEFAULT = Config()
 _SPREAD = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
-SHARPNESS = 7  # of the norms that stand for "the slowest decides, and the next slowest disturbs it"
+SHARPNESS = 6.95  # of the norms that stand for "the slowest decides, and the next slowest disturbs it"
 
 
 @cache
@@ -60,7 +64,7 @@ class _Table:
         self.cluster_m, self.cluster_n = column(lambda t: t.cluster_m), column(lambda t: t.cluster_n)
         self.cluster, self.smem_bytes = column(lambda t: t.cluster), column(lambda t: t.smem_bytes)
         self.height, self.width = self.block_m * self.cluster_m, self.block_n * self.cluster_n
-        area = self.block_m * self.block_n
+        self.area = area = self.block_m * self.block_n
         drag = column(lambda t: ONE_BANK if t.banks == 1 and t.warpgroups < 3 else 1)
         self.tensor_ns = area / 32 / TENSOR_GHZ * drag * np.where(self.cluster > 1, CLUSTER_DRAG, 1)
         self.latency_ns = BLOCK_NS + WARPGROUP_NS * (self.block_m // 64 - 1)
@@ -82,32 +86,42 @@ class _Costs:
 
     def __init__(self, table: _Table, problem: Problem, device: Device, config: Config) -> None:
         self._problem, self._config, self._table = problem, config, table
-        self.rows, groups, used = _rows(table, problem)
+        self.rows, groups, used, alike = _rows(table, problem)
+        one_a = problem.kind == Kind.CONTIGUOUS  # of all groups
+        self.rows_of_group = np.maximum(1, self.rows / problem.groups) if one_a else self.rows
         self.columns = _ceil_div(problem.n, table.width)
-        count = np.ceil(groups * self.rows * self.columns).astype(np.int64)
-        clusters = (config.num_sms or device.num_sms) // table.cluster
-        self.waves = _ceil_div(count, np.maximum(clusters, 1))
+        count = groups * self.rows * self.columns
+        clusters = np.maximum(1, (config.num_sms or device.num_sms) // table.cluster)
         known = problem.kind in (Kind.DENSE, Kind.CONTIGUOUS)  # else there may be more tiles than expected
-        self.clusters = np.minimum(clusters, count) if known else clusters
+        turns, rest = count // clusters, count % clusters
+        halved = (turns > 0) & (rest * 2 <= clusters) & (table.block_m == 128) & known
+        shared_out = turns + np.where(halved, HALVED, 1) * (rest > 0)
+        claimed = np.maximum(1, count / clusters + UNEVEN * (count > clusters))
+        self.waves = np.where(alike, shared_out, claimed)
+        self.clusters = np.minimum(clusters, count).astype(np.int64) if known else clusters
 
         rows = np.minimum(table.block_m, align(problem.m, 8))  # of a that are loaded
         ingest = (rows + table.block_n) * BLOCK_K / SM_BYTES_PER_NS
         shared = rows / table.cluster_n + table.block_n / table.cluster_m
-        l2 = shared * BLOCK_K * self.clusters * table.cluster / L2_BYTES_PER_NS
+        l2 = shared * BLOCK_K * np.minimum(clusters, np.maximum(count, 1)) * table.cluster / L2_BYTES_PER_NS
         tensor = used * table.tensor_ns
         self.block_ns = _norm(SHARPNESS, tensor, ingest, l2, table.latency_ns) + table.straddle_ns
         k_blocks = problem.k_blocks / (problem.groups if problem.kind in (Kind.K_GROUPED, Kind.K_ENDS) else 1)
         compute_us = self.waves * (k_blocks * self.block_ns + table.tile_ns) / 1e3
         self.memory_us = problem.bytes / (MEMORY_EFFICIENCY * device.memory_gbps) / 1e3
-        self.us = table.start_us + _norm(SHARPNESS / 2, compute_us, self.memory_us) + table.end_us
+        blocks = count * table.cluster * k_blocks
+        self.power_us = blocks * BLOCK_K * (used * table.area * 2 / FLOP_PER_US + shared / BYTES_PER_US)
+        self.us = table.start_us + _norm(SHARPNESS / 2, compute_us, self.memory_us, self.power_us) + table.end_us
 
     def plan(self, i: int) -> Plan:
         """The plan that walks the problem with the table's tile number i."""
         table, tile, clusters = self._table, self._table.tiles[i], int(self.clusters[i])
         figures = (self.us[i], table.start_us[i], self.waves[i], self.block_ns[i], table.tile_ns[i])
         us, start_us, waves, block_ns, tile_ns = (x.item() for x in figures)
-        band = _band(tile, ceil(self.rows[i]), int(self.columns[i]), clusters)
-        cost = Cost(us, start_us, waves, block_ns, tile_ns, self.memory_us, table.end_us[i].item())
+        band = _band(tile, ceil(self.rows_of_group[i]), int(self.columns[i]), clusters)
+        cost = Cost(
+            us, start_us, waves, block_ns, tile_ns, self.memory_us, self.power_us[i].item(), table.end_us[i].item()
+        )
         return Plan(self._problem, tile, clusters * tile.cluster, band, self._config.tc_util, self._config.pdl, cost)
 
 
@@ -147,22 +161,26 @@ def _legal(table: _Table, problem: Problem, device: Device, config: Config) -> A
     legal &= (table.cluster_m == 1) | (problem.m > table.block_m)
     legal &= (table.cluster_n == 1) | (problem.n > table.block_n)
     if problem.kind == Kind.CONTIGUOUS:
-        legal &= (table.cluster_m == 1) & (problem.alignment % table.block_m == 0)
+        legal &= problem.alignment % table.block_m == 0
     return legal & (table.block_m % config.block_m == 0) & (table.block_n % config.block_n == 0)
 
 
-def _rows(table: _Table, problem: Problem) -> tuple[Any, int, Any]:
-    """Rows of tiles in a group, groups that have them, and how much of a tile's height is in use.
+def _rows(table: _Table, problem: Problem) -> tuple[Any, int, Any, Any]:
+    """Rows of tiles in a group, groups that have them, how much of a row of tiles multiplies, and if all cost alike.
 
     Where the device alone knows, groups are taken to be spread evenly from 0.7 to 1.3 times what is expected.
     """
     if problem.kind in (Kind.MASKED, Kind.ENDS):
         expected = max(1.0, problem.rows / problem.groups)
-        sizes = np.array([min(ceil(expected * x), problem.m) for x in _SPREAD])
-        rows = _ceil_div(sizes[:, None], table.height).mean(0)
-        return rows, problem.groups, _ceil_div(sizes, 64).mean() * 64 / (rows * table.height)
+        sizes = np.array([[min(ceil(expected * x), problem.m)] for x in (_SPREAD if expected < problem.m else (1,))])
+        rows = _ceil_div(sizes, table.height)
+        # Of the last row of tiles: a cluster takes as long as its upper CTA, which is the fuller one.
+        filled = _ceil_div(np.minimum(sizes - (rows - 1) * table.height, table.block_m), 64) * 64 / table.block_m
+        alike = (rows == rows[0]).all(0) & (filled == filled[0]).all(0)
+        mean = rows.mean(0)
+        return mean, problem.groups, 1 - (1 - filled.mean(0)) / mean, alike
     groups = problem.groups if problem.kind in (Kind.K_GROUPED, Kind.K_ENDS) else 1
-    return _ceil_div(problem.m, table.height), groups, 1.0
+    return _ceil_div(problem.m, table.height), groups, 1.0, True
 
 
 def _ceil_div(x: Any, y: Any) -> Any:
@@ -170,11 +188,19 @@ def _ceil_div(x: Any, y: Any) -> Any:
 
 
 def _band(tile: Tile, rows: int, columns: int, clusters: int) -> int:
-    """The height of a band for which the tiles in flight at one time read the fewest rows of a and of b."""
+    """The height of a band for which the tiles in flight at one time read the fewest rows of a and of b.
+
+    Among equals the highest that is not higher than what is in flight, for then what shares b is close together.
+    """
     height, width = tile.block_m * tile.cluster_m, tile.block_n * tile.cluster_n
-    return min(
-        _even_heights(rows), key=lambda band: (band * height + min(ceil_div(clusters, band), columns) * width, band)
-    )
+    at_least = ceil_div(clusters, columns)
+
+    def cost(band: int) -> tuple[int, int, int, int]:
+        in_flight = max(band, at_least)
+        read = in_flight * height + min(ceil_div(clusters, band), columns) * width
+        return read, in_flight - band, -rows % band, band
+
+    return min(_even_heights(rows), key=cost)
 
 
 def _even_heights(rows: int) -> Iterator[int]:

@@ -8,7 +8,7 @@ from math import gcd
 from pathlib import Path
 
 from .layout import align
-from .problem import Problem
+from .problem import Kind, Problem
 from .runtime.compiler import Source
 from .runtime.device import MAX_SMEM_BYTES
 
@@ -72,6 +72,11 @@ class Tile:
         return gcd(self.block_n, 64)
 
     @property
+    def store_m(self) -> int:
+        """Rows of one store of d. A tile's last ones, if they are fewer and others follow, are stored one by one."""
+        return 32
+
+    @property
     def accumulators(self) -> int:
         """Registers that a consumer thread holds sums in."""
         return self.block_n // 2 + self.banks * self.chunk_n // 2
@@ -87,7 +92,7 @@ class Tile:
         operands = (self.block_m + self.block_n) * BLOCK_K
         result = 128 if self.column_scales else self.block_m * self.block_n * 2
         scales = self.block_m * 4 + (self.block_n * 4 if self.column_scales else 16)
-        tiles_and_barriers = 4 * 32 + (self.stages + 4 + 1) * 2 * 8
+        tiles_and_barriers = 4 * 36 + ((self.stages + 4 + 1) * 2 + 2) * 8
         return align(self.stages * (operands + scales) + result + tiles_and_barriers, 1024)
 
     @property
@@ -100,6 +105,7 @@ class Tile:
         consumer, producer = self.registers
         constants = {f.name: getattr(self, f.name) for f in fields(self)} | {
             "warpgroups": self.warpgroups,
+            "store_m": self.store_m,
             "smem_bytes": self.smem_bytes,
             "consumer_registers": consumer,
             "producer_registers": producer,
@@ -157,17 +163,18 @@ class Cost:
 
     us: float
     start_us: float  # from one launch to the next
-    waves: int  # tiles that the busiest CTA computes
+    waves: float  # tiles that the busiest CTA computes, halves and what claiming evens out included
     block_ns: float  # of one K block
     tile_ns: float  # of one tile besides its K blocks
     memory_us: float  # to move every operand once
+    power_us: float  # at the rate that the GPU's power allows
     end_us: float  # to store the last tile
 
     def __str__(self) -> str:
         return (
-            f"{self.us:.1f} us: start {self.start_us:.1f}, end {self.end_us:.1f}, memory {self.memory_us:.1f} beside "
-            f"{self.waves} wave{'s' * (self.waves != 1)} of tiles: {self.block_ns:.0f} ns per K block "
-            f"and {self.tile_ns:.0f} ns per tile"
+            f"{self.us:.1f} us: start {self.start_us:.1f}, end {self.end_us:.1f}, memory {self.memory_us:.1f} and "
+            f"power {self.power_us:.1f} beside {self.waves:.3g} wave{'s' * (self.waves != 1)} of tiles: "
+            f"{self.block_ns:.0f} ns per K block and {self.tile_ns:.0f} ns per tile"
         )
 
 
@@ -189,6 +196,11 @@ class Plan:
     tc_util: int
     pdl: bool
     cost: Cost
+
+    @property
+    def claims(self) -> bool:
+        """Whether CTAs claim tiles one by one: costs are unequal, and only the device knows how many there are."""
+        return self.problem.kind in (Kind.MASKED, Kind.ENDS)
 
     def __str__(self) -> str:
         t = self.tile

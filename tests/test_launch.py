@@ -131,14 +131,14 @@ def test_operands_are_described(notes: Notes):
     assert (a.shape, a.pitches[0], a.box) == ([400, 300, 1], 400, [128, 128, 1])
     assert (b.shape, b.pitches[0], b.box) == ([400, 264, 1], 400, [128, 128, 1])  # half of 256 rows
     assert (a_scales.shape, a_scales.pitches[0], a_scales.box) == ([300, 4, 1], 1200, [128, 1, 1])
-    assert (d.shape, d.pitches[0], d.box) == ([264, 300, 1], 528, [64, 128, 1])
+    assert (d.shape, d.pitches[0], d.box) == ([264, 300, 1], 528, [64, 32, 1])
     (launched,) = notes.launched
     assert (launched.grid, launched.threads, launched.smem) == (p.ctas, 384, p.tile.smem_bytes)
     assert (launched.cluster, launched.stream, launched.kernel) == (2, 77, 256)
     assert fields(launched, "kind", "m", "n", "k", "groups", "band") == [Kind.DENSE, 300, 264, 400, 1, p.band]
     assert fields(launched, "box_rows", "scale_rows", "pace", "clear_padding") == [128, 128, 0, 0]
     assert fields(launched, "b_scales", "b_scale_stride_n", "b_scale_stride_k") == [o.b_scales.data_ptr(), 4, 1]
-    assert fields(launched, "layout", "c", "maps") == [0, 0, 0]
+    assert fields(launched, "layout", "c", "maps", "claims") == [0, 0, 0, 0]
 
 
 def fields(launched: SimpleNamespace, *names: str) -> list[int]:
@@ -162,10 +162,25 @@ def test_operands_of_groups_are_described(notes: Notes):
     assert (a.shape, a.pitches, a.box) == ([400, 40, 3], [400, 16000], [128, 32, 1])
     assert (b.shape, b.pitches, b.box) == ([400, 264, 3], [400, 105600], [128, 32, 1])
     assert (a_scales.shape, a_scales.pitches, a_scales.box) == ([40, 4, 3], [160, 640], [40, 1, 1])
-    assert (d.shape, d.pitches, d.box) == ([264, 40, 3], [544, 22848], [32, 64, 1])
+    assert (d.shape, d.pitches, d.box) == ([264, 40, 3], [544, 22848], [32, 32, 1])
     (launched,) = notes.launched
     assert fields(launched, "kind", "groups", "layout") == [Kind.MASKED, 3, counts.data_ptr()]
     assert fields(launched, "b_scale_stride_g", "d_stride_g", "d_stride_m") == [12, 42 * 272, 272]
+
+
+@pytest.mark.parametrize("kind", [Kind.CONTIGUOUS, Kind.ENDS, Kind.MASKED])
+def test_tiles_are_claimed_where_the_device_alone_knows_how_many_there_are(kind: Kind, notes: Notes):
+    values, scales = weights(3, 264, 400)
+    o = operands(512, 264, 400)._replace(b=values, b_scales=scales, layout=torch.zeros(3, dtype=torch.int32))
+    p = plan((128, 32), 512, 264, 400, kind=kind, groups=3, alignment=128)
+    for _ in range(3):
+        launch.launch(p, o)
+    claims, numbers = zip(*(fields(launched, "claims", "launch") for launched in notes.launched), strict=True)
+    if kind == Kind.CONTIGUOUS:
+        assert claims == (0, 0, 0)
+    else:
+        assert all(claims)
+        assert len({*numbers, 0}) == 4, "a launch has a number of its own, and not 0"
 
 
 @pytest.mark.parametrize(("expected", "box"), [(1, 16), (16, 16), (17, 32), (33, 64), (500, 64)])

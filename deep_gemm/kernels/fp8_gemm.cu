@@ -20,6 +20,7 @@ constexpr int THREADS = (WARPGROUPS + 1) * 128;     // the last warpgroup has al
 constexpr int SCALE_N = gcd(CHUNK_N, 128);          // adjacent columns that are sure to share a scale of b
 constexpr int B_SCALES = COLUMN_SCALES ? 1 : (128 - gcd(BLOCK_N, 128) + BLOCK_N + 127) / 128;  // scale columns a tile can touch
 constexpr int TILES = 4;                            // that are known in advance, or not yet stored
+constexpr uint32_t CLAIM_AHEAD = 4;                 // K blocks that are left to load when a CTA claims its next tile
 constexpr int STORE_N = gcd(BLOCK_N, 64);           // columns of one store: 128, 64 or 32 bytes, swizzled likewise
 
 struct SharedStorage {
@@ -29,10 +30,13 @@ struct SharedStorage {
     alignas(128) float a_scales[STAGES][BLOCK_M];
     alignas(128) float b_scales[STAGES][COLUMN_SCALES ? BLOCK_N : 4];
     Tile tiles[TILES];                              // what the scheduling warp hands out
-    uint64_t full[STAGES], empty[STAGES];           // mbarriers: the stage has landed / every reader is done with it
+    uint64_t full[STAGES], empty[STAGES];           // mbarriers, BARRIERS of them: the stage has landed / every reader is done with it
     uint64_t tile_full[TILES], tile_empty[TILES];   // the same of tiles: it is known / done
     uint64_t d_full, d_empty;                       // the same of d: the tile is complete / on its way
+    uint64_t claim;                                 // producers are almost through their tile; in the cluster's second CTA:
+    uint32_t claimed;                               // the next tile's number has come
 };
+constexpr int BARRIERS = (STAGES + TILES + 1) * 2 + 1;  // from `full` to `claim`; `arrivals` knows their order
 static_assert(sizeof(SharedStorage) == SMEM_BYTES, "the host planned another amount of shared memory");
 static_assert(BLOCK_M == 64 * WARPGROUPS && BLOCK_N == CHUNK_N * CHUNKS && B_SCALES <= 4 && CLUSTER <= 2);
 
@@ -61,19 +65,36 @@ DEVICE void hand_out(SharedStorage& smem, const Tile& tile, uint32_t index) {
     barrier_arrive(shared_address(&smem.tile_full[index % TILES]));
 }
 
+// Goes on to a tile that nobody has, as late as may be, so that no CTA has two while another has none. A cluster's first CTA
+// claims for both.
+DEVICE void claim(Scheduler& scheduler, SharedStorage& smem, uint32_t phase) {
+    if (CLUSTER > 1 && cluster_rank() == 1) {
+        if (elect_one()) barrier_expect_bytes(shared_address(&smem.claim), 4);
+        wait(smem.claim, phase);
+        scheduler.number = smem.claimed;
+    } else {
+        wait(smem.claim, phase);
+        scheduler.claim();
+        if (CLUSTER > 1 && elect_one())
+            store_remote(cluster_address(shared_address(&smem.claimed), 1), scheduler.number,
+                         cluster_address(shared_address(&smem.claim), 1));
+    }
+}
+
 // Hands out the tiles of groups.
 DEVICE void schedule(const Args& args, SharedStorage& smem) {
     if (args.problem.kind == DENSE) return;
     previous_kernel_wait();
     Scheduler scheduler(args.problem);
     Tile tile;
-    uint32_t index = 0;
-    do {
+    for (uint32_t index = 0;; ++index) {
         scheduler.next(tile);
         if (elect_one()) hand_out(smem, tile, index);
         __syncwarp();
-        ++index;
-    } while (uniform(tile.rows) != Tile::NONE);
+        if (uniform(tile.rows) == Tile::NONE) break;
+        if (args.problem.claims) claim(scheduler, smem, index % 2);
+        else scheduler.stride();
+    }
 }
 
 // The tiles that were handed out, one after the other.
@@ -103,12 +124,14 @@ template <bool PLAIN> DEVICE void load(const Args& args, SharedStorage& smem, Ti
     const uint32_t loaded = CLUSTER_N == 2 ? problem.box_rows * 2 : rows <= problem.box_rows ? problem.box_rows : round_up(rows, problem.box_rows);
     const uint32_t bytes = (loaded + BLOCK_N) * BLOCK_K + problem.scale_rows * 4 + (COLUMN_SCALES ? BLOCK_N * 4 : 0);
     const uint32_t scale_row = tile.n / 128, scale_rows = (problem.n + 127) / 128;
+    const uint32_t late = !problem.claims ? ~0u : tile.k_blocks > CLAIM_AHEAD ? tile.k_blocks - CLAIM_AHEAD : 0;
     const float* b_scales = problem.b_scales + tile.group * problem.b_scale_stride_g + scale_row * problem.b_scale_stride_n;
 #pragma unroll 1
     for (uint32_t block = 0; block < tile.k_blocks; ++block, pipe.advance()) {
         const uint32_t stage = pipe.stage, full = shared_address(&smem.full[stage]);
         wait(smem.empty[stage], pipe.phase ^ 1);
         if (!PLAIN && problem.pace) spin(problem.pace);
+        if (block == late) barrier_arrive_cluster(cluster_address(shared_address(&smem.claim), 0));
         const uint32_t k = block * BLOCK_K, a = shared_address(smem.a[stage]), b = shared_address(smem.b[stage]);
         barrier_expect_bytes(full, bytes);          // all that lands here, whoever sends it
         // CTAs of a cluster that need the same operand load half of it each, for both.
@@ -120,7 +143,10 @@ template <bool PLAIN> DEVICE void load(const Args& args, SharedStorage& smem, Ti
 #pragma unroll 1
             for (uint32_t row = problem.box_rows; row < rows; row += problem.box_rows)
                 tensor_load(a + row * BLOCK_K, a_map, k, tile.m + row, a_group, full);
-        if constexpr (CLUSTER_M == 2)
+        if (CLUSTER_M == 2 && tile.apart) {
+            tensor_load(b, b_map, k, tile.n, b_group, full);
+            tensor_load(b + BLOCK_N / 2 * BLOCK_K, b_map, k, tile.n + BLOCK_N / 2, b_group, full);
+        } else if constexpr (CLUSTER_M == 2)
             tensor_load_multicast(b + rank * (BLOCK_N / 2 * BLOCK_K), b_map, k, tile.n + rank * (BLOCK_N / 2), b_group, full, 3);
         else
             tensor_load(b, b_map, k, tile.n, b_group, full);
@@ -141,7 +167,6 @@ template <bool PLAIN> DEVICE void load(const Args& args, SharedStorage& smem, Ti
 
 // Brings the operands of every tile, and hands out dense ones. One thread.
 DEVICE void produce(const Args& args, SharedStorage& smem) {
-    tensor_prefetch(args.a), tensor_prefetch(args.b), tensor_prefetch(args.a_scales);
     const Problem& problem = args.problem;
     if (problem.kind == DENSE) previous_kernel_wait();
     Scheduler scheduler(problem);
@@ -151,7 +176,7 @@ DEVICE void produce(const Args& args, SharedStorage& smem) {
         if (problem.kind != DENSE) {
             tile = tiles.get();
         } else {
-            scheduler.next_of_all(tile);
+            scheduler.next_of_all(tile), scheduler.stride();
             hand_out(smem, tile, tiles.index);
         }
         if (tile.rows == Tile::NONE) return;
@@ -311,11 +336,11 @@ public:
     }
 
     // Adds the tile to c, in FP32, and writes it to d.
-    DEVICE void store_sum(const Problem& problem, const float (&result)[BLOCK_N / 2], uint32_t m, uint32_t n, uint32_t batch) const {
+    DEVICE void store_sum(const Problem& problem, const float (&result)[BLOCK_N / 2], uint32_t m, uint32_t end, uint32_t n, uint32_t batch) const {
 #pragma unroll
         for (int j = 0; j < BLOCK_N / 4; ++j) {
             const uint32_t r = m + row + j % 2 * 8, column = n + j / 2 * 8 + lane % 4 * 2;
-            if (r >= problem.m || column >= problem.n) continue;
+            if (r >= end || column >= problem.n) continue;
             const int64_t offset = batch * problem.d_stride_g + r * problem.d_stride_m + column;
             float2 sum{result[j * 2], result[j * 2 + 1]};
             if (problem.c) {
@@ -332,8 +357,8 @@ DEVICE void consume(const Args& args, SharedStorage& smem) {
     for (Tiles tiles(smem);;) {
         const Tile& tile = tiles.get();
         if (uniform(tile.rows) == Tile::NONE) break;
-        const uint32_t m = tile.m, n = tile.n, batch = tile.batch;
-        const bool has_rows = consumer.has_rows(m, tile.end);
+        const uint32_t m = tile.m, end = tile.end, n = tile.n, batch = tile.batch;
+        const bool has_rows = consumer.has_rows(m, end);
         uint32_t blocks = has_rows ? tile.k_blocks : 0, skipped = has_rows ? 0 : tile.k_blocks;
         tiles.release();
         const int boundary = 128 - n % 128;
@@ -344,44 +369,58 @@ DEVICE void consume(const Args& args, SharedStorage& smem) {
         if constexpr (UNROLL > 1)
             for (; any(blocks > 0); --blocks) consumer.accumulate<1>(result, boundary);
         for (; any(skipped > 0); --skipped) consumer.skip();
-        if constexpr (COLUMN_SCALES) consumer.store_sum(args.problem, result, m, n, batch);
+        if constexpr (COLUMN_SCALES) consumer.store_sum(args.problem, result, m, end, n, batch);
         else consumer.store(result, tiles.index);
     }
 }
 
-// Sends the rows of a finished tile to d that belong to the tile's group, row by row.
-DEVICE void write_rows(const Problem& problem, const SharedStorage& smem, const Tile& tile) {
-    constexpr uint32_t UNITS = BLOCK_N / 8;         // of 16 bytes
-    const uint32_t rows = tile.end > tile.m ? min(tile.end - tile.m, uint32_t(BLOCK_M)) : 0;
+// Sends rows `from` .. `to` of a finished tile to d, those of the tile's group.
+DEVICE void write_rows(const Problem& problem, const SharedStorage& smem, const Tile& tile, uint32_t from, uint32_t to) {
+    constexpr uint32_t UNITS = BLOCK_N / 8, BATCH = 4;  // units of 16 bytes; how many a lane loads before it stores them
+    uint16_t* const d = static_cast<uint16_t*>(problem.d) + tile.batch * problem.d_stride_g + tile.m * problem.d_stride_m + tile.n;
 #pragma unroll 1
-    for (uint32_t i = lane_index(); i < rows * UNITS; i += 32) {
-        const uint32_t row = i / UNITS, column = i % UNITS * 8;
-        if (tile.n + column >= problem.n || (problem.kind == CONTIGUOUS && problem.layout[tile.m + row] != tile.group)) continue;
-        const uint32_t unit = column % STORE_N / 8 ^ (row * STORE_N * 2 / 128) % (STORE_N / 8);  // as `store` swizzled it
-        uint16_t* d = static_cast<uint16_t*>(problem.d) + tile.batch * problem.d_stride_g + (tile.m + row) * problem.d_stride_m;
-        *reinterpret_cast<uint4*>(d + tile.n + column) =
-            *reinterpret_cast<const uint4*>(&smem.d[column / STORE_N][row * STORE_N + unit * 8]);
+    for (uint32_t first = from * UNITS + lane_index(); first < to * UNITS; first += 32 * BATCH) {
+        uint4 values[BATCH];
+        bool owned[BATCH];
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) {
+            const uint32_t i = min(first + j * 32, to * UNITS - 1), row = i / UNITS, column = i % UNITS * 8;
+            owned[j] = problem.kind != CONTIGUOUS || problem.layout[tile.m + row] == tile.group;
+            const uint32_t unit = column % STORE_N / 8 ^ (row * STORE_N * 2 / 128) % (STORE_N / 8);  // as `store` swizzled it
+            values[j] = *reinterpret_cast<const uint4*>(&smem.d[column / STORE_N][row * STORE_N + unit * 8]);
+        }
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) {
+            const uint32_t i = first + j * 32, row = i / UNITS, column = i % UNITS * 8;
+            if (owned[j] && i < to * UNITS && tile.n + column < problem.n)
+                *reinterpret_cast<uint4*>(d + row * problem.d_stride_m + column) = values[j];
+        }
     }
 }
 
-// Sends finished tiles to d. A warp of its own, since issuing a store waits while the copy engine is busy.
+// Sends finished tiles to d: by the copy engine what makes whole boxes, row by row what is left. A warp of its own, since issuing
+// a store waits while the copy engine is busy.
 DEVICE void write_back(const Args& args, SharedStorage& smem) {
     tensor_prefetch(args.d);
     for (Tiles tiles(smem);; tiles.release()) {
         const Tile& tile = tiles.get();
         if (tile.rows == Tile::NONE) break;
+        const uint32_t rows = tile.end > tile.m ? min(tile.end - tile.m, uint32_t(BLOCK_M)) : 0;
+        const uint32_t boxed = tile.rows == Tile::SCATTERED ? 0 : tile.end == args.problem.m ? rows : rows / STORE_M * STORE_M;
         wait(smem.d_full, tiles.index % 2);
-        if (tile.rows == Tile::PARTLY) {
-            write_rows(args.problem, smem, tile);
-        } else if (elect_one()) {
+        if (elect_one()) {
+#pragma unroll 1
+            for (uint32_t row = 0; row < boxed; row += STORE_M)
 #pragma unroll
-            for (int column = 0; column < BLOCK_N; column += STORE_N)
-                if (tile.m < args.problem.m && tile.n + column < args.problem.n)
-                    tensor_store(args.d, tile.n + column, tile.m, tile.batch, shared_address(smem.d[column / STORE_N]));
+                for (int column = 0; column < BLOCK_N; column += STORE_N)
+                    if (tile.n + column < args.problem.n)
+                        tensor_store(args.d, tile.n + column, tile.m + row, tile.batch,
+                                     shared_address(smem.d[column / STORE_N]) + row * (STORE_N * 2));
             store_commit();
             store_wait_read<0>();
         }
         __syncwarp();
+        if (boxed < rows) write_rows(args.problem, smem, tile, boxed, rows);
         barrier_arrive(shared_address(&smem.d_empty));
     }
 }
@@ -419,26 +458,31 @@ DEVICE void leave() {
     if constexpr (CLUSTER > 1) cluster_sync();
 }
 
+// What completes a phase of barrier i, counted from `full` on.
+DEVICE uint32_t arrivals(uint32_t i) {
+    if (i < STAGES) return COLUMN_SCALES ? 1 : 2;                            // full: the copies' bytes; b's scales
+    if (i < STAGES * 2) return 32 * WARPS + (CLUSTER - 1) * WARPS;           // empty: as `release` arrives
+    if (i < STAGES * 2 + TILES) return 1;                                    // tile_full
+    if (i < STAGES * 2 + TILES * 2) return 1 + 32 * WARPS + (COLUMN_SCALES ? 0 : 32);  // tile_empty: all who read it
+    if (i == STAGES * 2 + TILES * 2) return WARPS;                           // d_full
+    if (i == STAGES * 2 + TILES * 2 + 1) return 32;                          // d_empty
+    return CLUSTER > 1 && cluster_rank() == 0 ? CLUSTER : 1;                 // claim: every producer / the scheduling warp
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_gemm(const __grid_constant__ Args args) {
     extern __shared__ __align__(1024) uint8_t memory[];
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(memory);
-    if (threadIdx.x < 32) {
-        const uint32_t i = threadIdx.x;
-        if (i < STAGES) {
-            barrier_init(shared_address(&smem.full[i]), COLUMN_SCALES ? 1 : 2);  // the copies' bytes; b's scales
-            barrier_init(shared_address(&smem.empty[i]), 32 * WARPS + (CLUSTER - 1) * WARPS);  // as `release` arrives
-        }
-        if (i < TILES) {
-            barrier_init(shared_address(&smem.tile_full[i]), 1);
-            barrier_init(shared_address(&smem.tile_empty[i]), 1 + 32 * WARPS + (COLUMN_SCALES ? 0 : 32));  // all who read it
-        }
-        if (i == 0) barrier_init(shared_address(&smem.d_full), WARPS), barrier_init(shared_address(&smem.d_empty), 32);
+    const uint32_t warp = warp_index();
+    if (elect_one()) {
+        if (warp == WARPS + 3) tensor_prefetch(args.a), tensor_prefetch(args.b), tensor_prefetch(args.a_scales);
+        const uint32_t first = shared_address(smem.full);
+        // One thread of each warp: threads that initialise barriers by their index take ptxas a loop over lanes.
+        for (uint32_t i = warp; i < BARRIERS; i += THREADS / 32) barrier_init(first + i * sizeof(uint64_t), arrivals(i));
         barrier_init_fence();
     }
     if constexpr (CLUSTER > 1) cluster_sync();
     else __syncthreads();
 
-    const uint32_t warp = warp_index();
     if (warp < WARPS) {
         if constexpr (WARPGROUPS > 1) registers_increase<CONSUMER_REGISTERS>();
         consume(args, smem);

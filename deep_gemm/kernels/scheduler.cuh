@@ -33,6 +33,8 @@ struct Problem {              // what every launch needs comes first: one line o
     const uint8_t *a, *b;     // where groups have their own K: the first group's, and
     TensorMap* maps;          // the maps of a and b, group by group
     uint32_t clear_padding;   // whether padding rows of d become zeros
+    uint32_t launch;          // a number that no other launch has, never 0
+    uint64_t* claims;         // launch, and how many tiles were claimed; or nothing, then each CTA's tiles are known beforehand
 };
 
 struct Args {
@@ -47,7 +49,8 @@ struct Tile {
     uint32_t end;             // rows from here on are nobody's
     uint32_t k;               // first column
     uint32_t k_blocks;        // blocks of 128 along K, the last one zero-filled
-    enum : uint32_t { PARTLY, WHOLE, NONE } rows;  // WHOLE: d has no row in this tile but the group's. NONE: no tile is left
+    uint32_t apart;           // not 0: the CTA beside it along M has a tile of another b
+    enum : uint32_t { TOGETHER, SCATTERED, NONE } rows;  // SCATTERED: not all up to `end` are the group's. NONE: no tile is left
 };
 
 // Whether groups have their own K, which takes column scales. Then they have all rows, and none of the other kinds occurs.
@@ -69,9 +72,8 @@ struct Groups {
             count = end > start ? end - start : 0;
         }
         if (COLUMN_SCALES && problem.kind == K_GROUPED) {
-            count = count / 128 * 128;
-            const uint32_t end = before + inclusive_sum(count);
-            start = min(end - count, size), count = min(end, size) - start;
+            const uint32_t blocks = count / 128, end = before / 128 + inclusive_sum(blocks);  // in blocks no sum overflows
+            start = min(end - blocks, size / 128) * 128, count = min(end, size / 128) * 128 - start;
         }
     }
 };
@@ -79,9 +81,9 @@ struct Groups {
 class Scheduler {
     static constexpr uint32_t CLUSTER = CLUSTER_M * CLUSTER_N, HEIGHT = BLOCK_M * CLUSTER_M, WIDTH = BLOCK_N * CLUSTER_N;
     const Problem& problem;
-    uint32_t index;                  // of the next tile, in units of a cluster's output, less those of groups gone by
     uint32_t columns;
     Groups groups;
+    uint32_t gone = 0;               // tiles of the groups before these
     uint32_t last = 0;               // tiles of these groups, up to and including the lane's own
 
     DEVICE void look_at_groups() {
@@ -101,63 +103,103 @@ class Scheduler {
         tile.n = (column * CLUSTER_N + rank % CLUSTER_N) * BLOCK_N;
     }
 
-    // The group that a tile's rows belong to, by the first row that belongs to any; false where all are padding.
-    DEVICE bool find_group(Tile& tile) const {
-        uint32_t others = 0;
-        tile.end = tile.m, tile.group = ~0u;
+    // Whoever claims last, of `total` tiles, sees to it that a repetition of this launch, by a CUDA graph, starts at 0. There are as
+    // many claims as tiles: every CTA that had a tile claims one that is not there.
+    DEVICE void finish(uint32_t total) const {
+        const uint32_t clusters = gridDim.x / CLUSTER;
+        if (problem.claims && number >= clusters && number + 1 == total + clusters) *problem.claims = 0;
+    }
+
+    // The group that a tile's rows belong to, by the first row that belongs to any; ~0 where all are padding.
+    DEVICE void find_group(Tile& tile) const {
+        uint32_t count = 0, end = tile.m;
+        tile.group = ~0u;
 #pragma unroll
         for (uint32_t i = 0; i < BLOCK_M; i += 32) {
             const uint32_t row = tile.m + i + lane_index(), group = row < problem.m ? problem.layout[row] : ~0u;
             const uint32_t real = __ballot_sync(~0u, group < problem.groups);
             if (tile.group == ~0u && real) tile.group = __shfl_sync(~0u, group, __ffs(real) - 1);
             const uint32_t own = __ballot_sync(~0u, group == tile.group && group < problem.groups);
-            if (own) tile.end = tile.m + i + 32 - __clz(own);
-            others |= __ballot_sync(~0u, row < problem.m && (group >= problem.groups || group != tile.group));
+            if (own) end = tile.m + i + 32 - __clz(own), count += __popc(own);
         }
-        tile.rows = others ? Tile::PARTLY : Tile::WHOLE;
-        return tile.group != ~0u;
+        tile.rows = count == end - tile.m ? Tile::TOGETHER : Tile::SCATTERED;
+        tile.end = min(tile.end, end);
     }
 
 public:
-    DEVICE explicit Scheduler(const Problem& p) : problem(p), index(blockIdx.x / CLUSTER), columns((p.n - 1) / WIDTH + 1) {
+    uint32_t number = blockIdx.x / CLUSTER;  // of the next tile, in units of a cluster's output
+
+    DEVICE explicit Scheduler(const Problem& p) : problem(p), columns((p.n - 1) / WIDTH + 1) {
         groups.base = 0u - 32;  // before the first ones, which have no tiles
     }
 
     // The next tile of all rows and columns. One of a cluster may lie outside the output: it computes zeros and stores nothing.
     DEVICE void next_of_all(Tile& tile) {
-        const uint32_t rows = (problem.m - 1) / HEIGHT + 1;
-        tile.rows = index < rows * columns ? Tile::WHOLE : Tile::NONE;
+        const uint32_t rows = (problem.m - 1) / HEIGHT + 1, tiles = rows * columns, clusters = gridDim.x / CLUSTER;
+        const uint32_t rank = blockIdx.x / CLUSTER, turn = number - rank;  // the first tile of all clusters' turn
+        // In the last turn, where no more than half of the clusters would have a tile, two share one: its upper and lower 64 rows.
+        const bool halved = BLOCK_M == 128 && turn > 0 && turn < tiles && (tiles - turn) * 2 <= clusters;
+        const uint32_t i = halved ? turn + rank / 2 : number;
+        tile.rows = i < tiles ? Tile::TOGETHER : Tile::NONE;
         if (tile.rows == Tile::NONE) return;
-        place(tile, index, rows);
-        tile.group = tile.batch = tile.k = 0, tile.end = problem.m, tile.k_blocks = (problem.k + 127) / 128;
-        index += gridDim.x / CLUSTER;
+        place(tile, i, rows);
+        tile.group = tile.batch = tile.k = tile.apart = 0, tile.end = problem.m, tile.k_blocks = (problem.k + 127) / 128;
+        if (halved) {
+            tile.m += rank % 2 * 64;
+            tile.end = min(tile.end, tile.m + 64);
+        }
+    }
+
+    // Goes on to the next tile of this cluster's share.
+    DEVICE void stride() { number += gridDim.x / CLUSTER; }
+
+    // Goes on to the first tile that no cluster has, behind those that they start with. All lanes of a warp.
+    DEVICE void claim() {
+        uint64_t count = 0;
+        if (lane_index() == 0) {
+            // Every launch counts from 0, whatever the memory held: that it was not this launch's number, then.
+            const uint64_t none = uint64_t(problem.launch) << 32;
+            while ((count = atomic_add(problem.claims, 1)) >> 32 != problem.launch)
+                for (uint64_t seen = count + 1; seen >> 32 != problem.launch;) {
+                    const uint64_t found = compare_and_swap(problem.claims, seen, none);
+                    seen = found == seen ? none : found;
+                }
+        }
+        number = gridDim.x / CLUSTER + uniform(uint32_t(count));
     }
 
     // The next tile of groups. All lanes of a warp.
     DEVICE void next(Tile& tile) {
         if (!COLUMN_SCALES && problem.kind == CONTIGUOUS) {
-            do next_of_all(tile);
-            while (tile.rows != Tile::NONE && !find_group(tile));
-            return;
+            for (;; stride()) {
+                next_of_all(tile);
+                if (tile.rows == Tile::NONE) return;
+                find_group(tile);
+                if (CLUSTER_M == 2) {
+                    Tile other{tile.m + (cluster_rank() == 0 ? BLOCK_M : -BLOCK_M)};  // `end` is not asked for
+                    find_group(other);
+                    tile.apart = tile.group != other.group && tile.group != ~0u && other.group != ~0u;
+                    if (tile.group == ~0u) tile.group = other.group;  // it has no rows, but takes part in the other's copies
+                }
+                if (tile.group != ~0u) return;
+            }
         }
         tile.rows = Tile::NONE;
-        for (uint32_t total; index >= (total = __shfl_sync(~0u, last, 31));) {
-            index -= total, groups.base += 32;
-            if (groups.base >= problem.groups) return;
+        for (uint32_t total; number - gone >= (total = __shfl_sync(~0u, last, 31));) {
+            gone += total, groups.base += 32;
+            if (groups.base >= problem.groups) return finish(gone);
             look_at_groups();
         }
-        const uint32_t owner = __popc(__ballot_sync(~0u, last <= index));  // the first lane with more tiles than that
+        const uint32_t i = number - gone, owner = __popc(__ballot_sync(~0u, last <= i));  // the first lane with more tiles
         const uint32_t before = __shfl_sync(~0u, last, owner - 1);
         const uint32_t start = __shfl_sync(~0u, groups.start, owner), count = __shfl_sync(~0u, groups.count, owner);
-        place(tile, index - (owner > 0 ? before : 0), ((along_k(problem) ? problem.m : count) + HEIGHT - 1) / HEIGHT);
+        place(tile, i - (owner > 0 ? before : 0), ((along_k(problem) ? problem.m : count) + HEIGHT - 1) / HEIGHT);
         tile.group = groups.base + owner, tile.batch = problem.kind == ENDS ? 0 : tile.group;
-        tile.k = 0, tile.k_blocks = (problem.k + 127) / 128, tile.end = problem.m, tile.rows = Tile::WHOLE;
+        tile.k = tile.apart = 0, tile.k_blocks = (problem.k + 127) / 128, tile.end = problem.m, tile.rows = Tile::TOGETHER;
         if (along_k(problem)) {
             tile.k = start, tile.k_blocks = (count + 127) / 128;
         } else {
             tile.m += start, tile.end = start + count;
-            if (tile.m + BLOCK_M > tile.end && tile.end != problem.m) tile.rows = Tile::PARTLY;
         }
-        index += gridDim.x / CLUSTER;
     }
 };

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 from typing import Any
 
@@ -49,6 +50,8 @@ class _ProblemArgs(ctypes.Structure):
         ("b", ctypes.c_uint64),
         ("maps", ctypes.c_uint64),
         ("clear_padding", ctypes.c_uint32),
+        ("launch", ctypes.c_uint32),
+        ("claims", ctypes.c_uint64),
     ]
 
 
@@ -62,7 +65,7 @@ class _Args(ctypes.Structure):
         ("b_scales", ctypes.c_byte * MAP_BYTES),
         ("d", ctypes.c_byte * MAP_BYTES),
         ("problem", _ProblemArgs),
-        ("padding", ctypes.c_byte * 48),  # alignas(64)
+        ("padding", ctypes.c_byte * 40),  # alignas(64)
     ]
 
 
@@ -161,6 +164,9 @@ class _Launcher:
             maps = torch.empty(self._plan.problem.groups * 2 * MAP_BYTES, dtype=torch.uint8, device=o.d.device)
             problem.a, problem.b, problem.maps = o.a.data_ptr(), o.b.data_ptr(), maps.data_ptr()
             self._queue(self._describe, self._describe_config, stream)
+        if self._plan.claims:
+            claims = torch.empty(1, dtype=torch.int64, device=o.d.device)  # holds anything: the kernel sees to that
+            problem.claims, problem.launch = claims.data_ptr(), next(_launches) % (2**32 - 1) + 1
         self._queue(self._kernel, self._config, stream)
 
     def _queue(self, kernel: Any, config: Any, stream: int, parameters: int = 0) -> None:
@@ -194,6 +200,7 @@ def _launch_config(cuda: Any, ctas: int, threads: int, smem_bytes: int, cluster:
 
 
 _thread = threading.local()
+_launches = itertools.count()  # next() of it is atomic
 
 
 def _launchers() -> dict[Any, _Launcher]:
@@ -269,7 +276,7 @@ def _args(cuda: Any, plan: Plan, o: Operands) -> tuple[_Args, list[str]]:
         encoded.append("b_scales")
     else:
         swizzle_d = {16: swizzle_32, 32: swizzle_64, 64: swizzle_128}[tile.store_n]
-        _tensor_map(cuda, args.d, o.d, bf16, (tile.store_n, tile.block_m), swizzle_d)
+        _tensor_map(cuda, args.d, o.d, bf16, (tile.store_n, tile.store_m), swizzle_d)
         encoded.append("d")
     stride_g, stride_n, stride_k = (0, *o.b_scales.stride())[-3:]
     args.problem = _ProblemArgs(

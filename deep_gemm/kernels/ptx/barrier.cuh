@@ -43,6 +43,12 @@ DEVICE uint32_t cluster_address(uint32_t address, uint32_t rank) {
     return mapped;
 }
 
+// st.async: a store to another CTA of the cluster that counts as four bytes on a barrier there
+DEVICE void store_remote(uint32_t cluster_address, uint32_t value, uint32_t cluster_barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];"
+                 ::"r"(cluster_address), "r"(value), "r"(cluster_barrier) : "memory");
+}
+
 // barrier.cluster.arrive + wait: every thread of every CTA of the cluster
 DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -60,6 +60,20 @@ DEVICE uint32_t inclusive_sum(uint32_t value) {
     return value;
 }
 
+// atom.add, of memory that all CTAs see: what was there
+DEVICE uint64_t atomic_add(uint64_t* address, uint64_t value) {
+    uint64_t found;
+    asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;" : "=l"(found) : "l"(address), "l"(value) : "memory");
+    return found;
+}
+
+// atom.cas, of memory that all CTAs see: what was there, which `value` replaces if it was `expected`
+DEVICE uint64_t compare_and_swap(uint64_t* address, uint64_t expected, uint64_t value) {
+    uint64_t found;
+    asm volatile("atom.relaxed.gpu.global.cas.b64 %0, [%1], %2, %3;" : "=l"(found) : "l"(address), "l"(expected), "l"(value) : "memory");
+    return found;
+}
+
 // griddepcontrol.wait: until the kernel before has finished, if this one was launched to overlap with it
 DEVICE void previous_kernel_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
