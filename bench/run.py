@@ -330,6 +330,24 @@ def eager_call_us(calls: int = 400) -> dict[str, float]:
     return {"median": round(statistics.median(warm), 1), "p99": round(warm[len(warm) * 99 // 100], 1)}
 
 
+def layout_share_of_copy(turns: int = 5) -> dict[str, float]:
+    """Bytes per second at which scales get the GEMM's layout, beside a plain copy's. Nothing fits into L2."""
+    m, blocks = 262144, 56
+    inputs = {
+        "K-major": torch.rand(m, blocks, device="cuda"),
+        "K-major, 32 groups": torch.rand(32, m // 32, blocks, device="cuda"),
+        "M-major, odd pitch": torch.rand(blocks, m + 1, device="cuda")[:, :m].mT,
+    }
+    source, plain = (torch.rand(m, blocks, device="cuda") for _ in range(2))
+    shares: dict[str, float] = {}
+    for name, x in inputs.items():
+        graphs = capture(plain.copy_, [source], 4), capture(deep_gemm.get_mn_major_tma_aligned_tensor, [x], 4)
+        taken = [[turn_us(graph) for graph in graphs] for _ in range(turns)]
+        copied, ours = (statistics.median(us) for us in zip(*taken, strict=True))
+        shares[name] = round(copied / ours, 3)
+    return shares
+
+
 def machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_properties(0)
     fields = ("uuid", "driver_version", "power.limit", "clocks.max.sm", "clocks.max.memory", "clocks.sm")
@@ -441,7 +459,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"M={m} sustained: ours / tensor-wise {mean:.3f} (geometric mean)")
     for family, mean in family_means(rows).items():
         print(f"{family}: ours / {mean.other} {mean.ratio:.3f} (geometric mean)")
-    host = {"first_call_s": first_call_s(), "compile_all_s": compile_all_s(), "eager_call_us": eager_call_us()}
+    host = {
+        "first_call_s": first_call_s(),
+        "compile_all_s": compile_all_s(),
+        "eager_call_us": eager_call_us(),
+        "layout_share_of_copy": layout_share_of_copy(),
+    }
     print(f"{host}\n{(datetime.now(timezone.utc) - started).total_seconds():.0f} s")
 
     complete = set(args.m) >= set(MS) and set(args.family) == set(FAMILIES)
