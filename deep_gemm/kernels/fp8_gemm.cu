@@ -11,59 +11,8 @@
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 #include "scheduler.cuh"
-
-constexpr int BLOCK_K = 128;                        // bytes, elements, and columns of one scale
-constexpr int CLUSTER = CLUSTER_M * CLUSTER_N;
-constexpr int CHUNKS = BLOCK_N / CHUNK_N;           // of one wgmma's width, that a warpgroup works through one by one
-constexpr int WARPS = WARPGROUPS * 4;               // consumer warps, of 16 rows each
-constexpr int THREADS = (WARPGROUPS + 1) * 128;     // the last warpgroup has all warps that multiply nothing
-constexpr int SCALE_N = gcd(CHUNK_N, 128);          // adjacent columns that are sure to share a scale of b
-constexpr int B_SCALES = COLUMN_SCALES ? 1 : (128 - gcd(BLOCK_N, 128) + BLOCK_N + 127) / 128;  // scale columns a tile can touch
-constexpr int TILES = 4;                            // that are known in advance, or not yet stored
-constexpr uint32_t CLAIM_AHEAD = 4;                 // K blocks that are left to load when a CTA claims its next tile
-constexpr int STORE_N = gcd(BLOCK_N, 64);           // columns of one store: 128, 64 or 32 bytes, swizzled likewise
-
-struct SharedStorage {
-    alignas(1024) uint8_t a[STAGES][BLOCK_M * BLOCK_K];
-    alignas(1024) uint8_t b[STAGES][BLOCK_N * BLOCK_K];
-    alignas(1024) uint16_t d[COLUMN_SCALES ? 1 : BLOCK_N / STORE_N][COLUMN_SCALES ? 1 : BLOCK_M * STORE_N];
-    alignas(128) float a_scales[STAGES][BLOCK_M];
-    alignas(128) float b_scales[STAGES][COLUMN_SCALES ? BLOCK_N : 4];
-    Tile tiles[TILES];                              // what the scheduling warp hands out
-    uint64_t full[STAGES], empty[STAGES];           // mbarriers, BARRIERS of them: the stage has landed / every reader is done with it
-    uint64_t tile_full[TILES], tile_empty[TILES];   // the same of tiles: it is known / done
-    uint64_t d_full, d_empty;                       // the same of d: the tile is complete / on its way
-    uint64_t claim;                                 // producers are almost through their tile; in the cluster's second CTA:
-    uint32_t claimed;                               // the next tile's number has come
-};
-constexpr int BARRIERS = (STAGES + TILES + 1) * 2 + 1;  // from `full` to `claim`; `arrivals` knows their order
-static_assert(sizeof(SharedStorage) == SMEM_BYTES, "the host planned another amount of shared memory");
-static_assert(BLOCK_M == 64 * WARPGROUPS && BLOCK_N == CHUNK_N * CHUNKS && B_SCALES <= 4 && CLUSTER <= 2);
-
-struct Pipeline {
-    uint32_t stage = 0, phase = 0;
-    DEVICE void advance() {
-        if (++stage == STAGES) stage = 0, phase ^= 1;
-    }
-};
-
-// Spins until the phase is over. In a debug build nothing hangs: after WAIT_LIMIT steps of 2^30 ns the kernel ends with a store
-// to an address that names the warp, 16 * (warp + 1). (A `trap` here would make ptxas spill in the warpgroups.)
-DEVICE void wait(uint64_t& barrier, uint32_t phase) {
-    const uint32_t address = shared_address(&barrier);
-    const uint32_t start = WAIT_LIMIT ? global_timer() >> 30 : 0;
-    while (!barrier_try_wait(address, phase)) {
-        if (WAIT_LIMIT && uint32_t(global_timer() >> 30) - start > WAIT_LIMIT)
-            *reinterpret_cast<volatile uint32_t*>(16 * (threadIdx.x / 32 + 1)) = phase;
-    }
-}
-
-// Hands out the next tile of this CTA, NONE after the last. Whoever reads it releases it. One thread.
-DEVICE void hand_out(SharedStorage& smem, const Tile& tile, uint32_t index) {
-    wait(smem.tile_empty[index % TILES], index / TILES % 2 ^ 1);
-    smem.tiles[index % TILES] = tile;
-    barrier_arrive(shared_address(&smem.tile_full[index % TILES]));
-}
+#include "storage.cuh"
+#include "store.cuh"
 
 // Goes on to a tile that nobody has, as late as may be, so that no CTA has two while another has none. A cluster's first CTA
 // claims for both.
@@ -96,20 +45,6 @@ DEVICE void schedule(const Args& args, SharedStorage& smem) {
         else scheduler.stride();
     }
 }
-
-// The tiles that were handed out, one after the other.
-class Tiles {
-    SharedStorage& smem;
-
-public:
-    uint32_t index = 0;
-    DEVICE explicit Tiles(SharedStorage& storage) : smem(storage) {}
-    DEVICE const Tile& get() const {
-        wait(smem.tile_full[index % TILES], index / TILES % 2);
-        return smem.tiles[index % TILES];
-    }
-    DEVICE void release() { barrier_arrive(shared_address(&smem.tile_empty[index++ % TILES])); }
-};
 
 // Brings one tile's operands, K block by K block. PLAIN: of a one box for every block, and no pace to keep.
 template <bool PLAIN> DEVICE void load(const Args& args, SharedStorage& smem, Tile tile, Pipeline& pipe) {
@@ -374,99 +309,10 @@ DEVICE void consume(const Args& args, SharedStorage& smem) {
     }
 }
 
-// Sends rows `from` .. `to` of a finished tile to d, those of the tile's group.
-DEVICE void write_rows(const Problem& problem, const SharedStorage& smem, const Tile& tile, uint32_t from, uint32_t to) {
-    constexpr uint32_t UNITS = BLOCK_N / 8, BATCH = 4;  // units of 16 bytes; how many a lane loads before it stores them
-    uint16_t* const d = static_cast<uint16_t*>(problem.d) + tile.batch * problem.d_stride_g + tile.m * problem.d_stride_m + tile.n;
-#pragma unroll 1
-    for (uint32_t first = from * UNITS + lane_index(); first < to * UNITS; first += 32 * BATCH) {
-        uint4 values[BATCH];
-        bool owned[BATCH];
-#pragma unroll
-        for (int j = 0; j < BATCH; ++j) {
-            const uint32_t i = min(first + j * 32, to * UNITS - 1), row = i / UNITS, column = i % UNITS * 8;
-            owned[j] = problem.kind != CONTIGUOUS || problem.layout[tile.m + row] == tile.group;
-            const uint32_t unit = column % STORE_N / 8 ^ (row * STORE_N * 2 / 128) % (STORE_N / 8);  // as `store` swizzled it
-            values[j] = *reinterpret_cast<const uint4*>(&smem.d[column / STORE_N][row * STORE_N + unit * 8]);
-        }
-#pragma unroll
-        for (int j = 0; j < BATCH; ++j) {
-            const uint32_t i = first + j * 32, row = i / UNITS, column = i % UNITS * 8;
-            if (owned[j] && i < to * UNITS && tile.n + column < problem.n)
-                *reinterpret_cast<uint4*>(d + row * problem.d_stride_m + column) = values[j];
-        }
-    }
-}
-
-// Sends finished tiles to d: by the copy engine what makes whole boxes, row by row what is left. A warp of its own, since issuing
-// a store waits while the copy engine is busy.
-DEVICE void write_back(const Args& args, SharedStorage& smem) {
-    tensor_prefetch(args.d);
-    for (Tiles tiles(smem);; tiles.release()) {
-        const Tile& tile = tiles.get();
-        if (tile.rows == Tile::NONE) break;
-        const uint32_t rows = tile.end > tile.m ? min(tile.end - tile.m, uint32_t(BLOCK_M)) : 0;
-        const uint32_t boxed = tile.rows == Tile::SCATTERED ? 0 : tile.end == args.problem.m ? rows : rows / STORE_M * STORE_M;
-        wait(smem.d_full, tiles.index % 2);
-        if (elect_one()) {
-#pragma unroll 1
-            for (uint32_t row = 0; row < boxed; row += STORE_M)
-#pragma unroll
-                for (int column = 0; column < BLOCK_N; column += STORE_N)
-                    if (tile.n + column < args.problem.n)
-                        tensor_store(args.d, tile.n + column, tile.m + row, tile.batch,
-                                     shared_address(smem.d[column / STORE_N]) + row * (STORE_N * 2));
-            store_commit();
-            store_wait_read<0>();
-        }
-        __syncwarp();
-        if (boxed < rows) write_rows(args.problem, smem, tile, boxed, rows);
-        barrier_arrive(shared_address(&smem.d_empty));
-    }
-}
-
-// Fills rows of d with zeros.
-DEVICE void clear_rows(const Problem& problem, uint32_t from, uint32_t to) {
-#pragma unroll 1
-    for (; from < to; ++from)
-#pragma unroll 1
-        for (uint32_t column = lane_index() * 8; column < problem.n; column += 32 * 8)
-            *reinterpret_cast<uint4*>(static_cast<uint16_t*>(problem.d) + from * problem.d_stride_m + column) = uint4{};
-}
-
-// Fills padding rows with zeros: of CONTIGUOUS, all of them; of ENDS, those up to where the next group may start.
-DEVICE void clear_padding(const Problem& problem) {
-    if (!problem.clear_padding) return;
-    previous_kernel_wait();
-    if (problem.kind == CONTIGUOUS) {
-        for (uint32_t first = blockIdx.x * 32; first < problem.m; first += gridDim.x * 32) {
-            const uint32_t row = first + lane_index();
-            uint32_t padding = __ballot_sync(~0u, row < problem.m && uint32_t(problem.layout[row]) >= problem.groups);
-            for (; padding; padding &= padding - 1) clear_rows(problem, first + __ffs(padding) - 1, first + __ffs(padding));
-        }
-    } else {
-        for (uint32_t group = blockIdx.x; group < problem.groups; group += gridDim.x) {
-            const uint32_t end = min(uint32_t(max(problem.layout[group], 0)), problem.m);
-            clear_rows(problem, end, min(round_up(end, problem.alignment), problem.m));
-        }
-    }
-}
-
 // No CTA leaves while another of its cluster may still write into it.
 DEVICE void leave() {
     __syncwarp();
     if constexpr (CLUSTER > 1) cluster_sync();
-}
-
-// What completes a phase of barrier i, counted from `full` on.
-DEVICE uint32_t arrivals(uint32_t i) {
-    if (i < STAGES) return COLUMN_SCALES ? 1 : 2;                            // full: the copies' bytes; b's scales
-    if (i < STAGES * 2) return 32 * WARPS + (CLUSTER - 1) * WARPS;           // empty: as `release` arrives
-    if (i < STAGES * 2 + TILES) return 1;                                    // tile_full
-    if (i < STAGES * 2 + TILES * 2) return 1 + 32 * WARPS + (COLUMN_SCALES ? 0 : 32);  // tile_empty: all who read it
-    if (i == STAGES * 2 + TILES * 2) return WARPS;                           // d_full
-    if (i == STAGES * 2 + TILES * 2 + 1) return 32;                          // d_empty
-    return CLUSTER > 1 && cluster_rank() == 0 ? CLUSTER : 1;                 // claim: every producer / the scheduling warp
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_gemm(const __grid_constant__ Args args) {
