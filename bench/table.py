@@ -16,7 +16,7 @@ RESULTS = ROOT / "bench" / "results"
 START, END = "<!-- bench -->", "<!-- /bench -->"
 OURS, PEER = "deep_gemm", "cublaslt_tensorwise"
 FORK, LOOP = "sgl_deep_gemm", "cublaslt_loop"  # beside which grouped rows stand: one of them
-GROUPED = {"contiguous": "groups, M of each, N, K", "masked": "groups, max M, N, K, tokens of each"}
+GROUPED = {"contiguous": "groups, M of each, N, K", "masked": "groups, max M, N, K, real rows of each (about)"}
 
 Row = dict[str, Any]
 
@@ -96,7 +96,8 @@ def render(results: Row, source: str) -> str:
     lines = [
         f"{machine['gpu']}, driver {machine.get('driver_version')}, CUDA {versions['cuda']}, torch {versions['torch']},"
         f" commit {commit}, {results['time'][:10]}. us per launch, nothing in L2; ratio = ours / "
-        "cuBLASLt tensor-wise (`torch._scaled_mm` with two scalar scales: less work than ours).",
+        "cuBLASLt tensor-wise (`torch._scaled_mm` with two scalar scales: less work than ours); for groups, to "
+        "what stands beside them.",
         "",
         _line(
             "prefill: M, N, K", "ours, burst (TFLOPS)", "tensor-wise", "block-wise", "bf16", "ratio", "ours, sustained",

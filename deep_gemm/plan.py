@@ -16,6 +16,7 @@ BLOCK_K = 128
 WARPGROUP = 128  # threads
 MAX_STAGES = 20
 ENTRY = "fp8_gemm"
+COUNTERS = 16384  # of claimed tiles, in every kernel's memory
 
 # chunk_n and banks where one wgmma of the tile's width would leave too few registers for a second bank
 WIDE = {
@@ -106,6 +107,7 @@ class Tile:
         constants = {f.name: getattr(self, f.name) for f in fields(self)} | {
             "warpgroups": self.warpgroups,
             "store_m": self.store_m,
+            "counters": COUNTERS,
             "smem_bytes": self.smem_bytes,
             "consumer_registers": consumer,
             "producer_registers": producer,

@@ -590,27 +590,45 @@ def test_streams_and_threads():
         assert all(pool.map(work, range(len(cases))))
 
 
-@pytest.mark.parametrize("held", [0, -1, 1 << 62, 0x7FFF_FFFF_FFFF_FFFF, 0xFFFF_FFFF, None])
-def test_claims_start_anew_whatever_the_memory_held(held, monkeypatch):
-    """None: what the launch before left there, which was cut short."""
-    empty, left = torch.empty, [0]
-
-    def holding(*shape, dtype=None, **options):
-        x = empty(*shape, dtype=dtype, **options)
-        return x.fill_(left[0] if held is None else held) if dtype == torch.int64 else x
-
+def claiming(num_sms, *shape):
+    """A masked multiplication that many CTAs claim tiles of, its plan, and the exact result."""
     case = masked([0, 129, 3, 200, 64] * 8, 200, 520, 272)
-    want, hopper = exact(case), device.current(0)
-    monkeypatch.setattr(torch, "empty", holding)
-    for shape in ((64, 32), (128, 256), (128, 64, 2, 1), (192, 128, 1, 2)):
-        for num_sms in (5, 132):
-            settings = Config(num_sms=num_sms)
-            plan = heuristics.plan_for(heuristics.make_tile(*shape), case.problem, hopper, settings)
-            for launched in range(3):
+    settings = Config(num_sms=num_sms)
+    plan = heuristics.plan_for(heuristics.make_tile(*shape), case.problem, device.current(0), settings)
+    assert plan.claims
+    return case, plan, exact(case)
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (128, 256), (128, 64, 2, 1), (192, 128, 1, 2)])
+def test_launches_of_one_tile_at_the_same_time(shape):
+    """Two graphs, each with two launches, and eager launches in two streams: all with a counter of their own."""
+    sides = [(*claiming(60, *shape), torch.cuda.Stream(), torch.cuda.CUDAGraph()) for _ in range(2)]
+    for case, plan, _, _, graph in sides:
+        launch(plan, case.operands)
+        with torch.cuda.graph(graph):
+            launch(plan, case.operands)
+            launch(plan, case.operands)
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for (case, plan, _, stream, graph), eager in zip(sides, (False, True), strict=True):
+            with torch.cuda.stream(stream):
                 case.operands.d.fill_(NAN)
-                launch(plan, case.operands)
-                assert differing(case.operands.d, want) == 0, (shape, num_sms, launched)
-                left[0] += (1 << 32) + 7
+                launch(plan, case.operands) if eager else graph.replay()
+        torch.cuda.synchronize()
+        for case, _, want, *_ in sides:
+            assert differing(case.operands.d, want) == 0
+    assert all(untouched(case) for case, *_ in sides)
+
+
+def test_no_counter_is_left(monkeypatch):
+    """Then the share of each CTA is fixed beforehand."""
+    case, plan, want = claiming(5, 64, 48)
+    monkeypatch.setattr("deep_gemm.runtime.launch.COUNTERS", 0)
+    monkeypatch.setattr("deep_gemm.runtime.launch._counters", {})
+    for _ in range(3):
+        case.operands.d.fill_(NAN)
+        launch(plan, case.operands)
+        assert differing(case.operands.d, want) == 0
     assert untouched(case)
 
 
@@ -715,12 +733,6 @@ cases = [
     problem.k_grouped(*flat, zeros(G, m, n, dtype=torch.float32), None, int32([128, 0, 384]), c, False, 128),
     problem.k_grouped(*flat, zeros(G, m, n, dtype=torch.float32), None, int32([100, 128, 500]), None, True, 128),
 ]
-# Claims may be counted in memory that holds anything, which initcheck cannot know.
-empty = torch.empty
-def not_empty(*shape, dtype=None, device=None):
-    counts = dtype == torch.int64
-    return torch.full(shape, -1, dtype=dtype).to(device) if counts else empty(*shape, dtype=dtype, device=device)
-torch.empty = not_empty
 plain = ((64, 16), (64, 48, 1, 2), (128, 112), (128, 256, 2, 1), (192, 128, 1, 2))
 for described, operands in cases:
     column = described.column_scales

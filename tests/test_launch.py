@@ -16,6 +16,7 @@ import torch
 from deep_gemm import heuristics
 from deep_gemm.config import Config
 from deep_gemm.errors import LaunchError
+from deep_gemm.plan import Plan
 from deep_gemm.problem import Kind, Operands, Problem
 from deep_gemm.runtime import driver, launch
 from deep_gemm.runtime.compiler import compile
@@ -37,6 +38,7 @@ class Notes:
         self.launched: list[SimpleNamespace] = []
         self.fail: Any = None
         self.reported: list[list[int]] = []
+        self.stream, self.capturing = 77, False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(cuda, name)
@@ -71,6 +73,9 @@ class Notes:
         )  # fmt: skip
         return SUCCESS
 
+    def cuStreamGetId(self, stream):
+        return *SUCCESS, stream * 1000
+
     def cuGetErrorName(self, code):
         return SUCCESS[0], b"CUDA_ERROR_INVALID_VALUE"
 
@@ -86,7 +91,9 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
     monkeypatch.setattr(launch, "kernel_for", lambda tile, index: cuda.CUfunction(tile.block_n))
     monkeypatch.setattr(launch, "_thread", SimpleNamespace(launchers={}))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index that CPU tensors have
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
+    monkeypatch.setattr(launch, "_counters", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: notes.capturing)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: notes.stream, raising=False)
     return notes
 
 
@@ -138,7 +145,7 @@ def test_operands_are_described(notes: Notes):
     assert fields(launched, "kind", "m", "n", "k", "groups", "band") == [Kind.DENSE, 300, 264, 400, 1, p.band]
     assert fields(launched, "box_rows", "scale_rows", "pace", "clear_padding") == [128, 128, 0, 0]
     assert fields(launched, "b_scales", "b_scale_stride_n", "b_scale_stride_k") == [o.b_scales.data_ptr(), 4, 1]
-    assert fields(launched, "layout", "c", "maps", "claims") == [0, 0, 0, 0]
+    assert fields(launched, "layout", "c", "maps", "counter") == [0, 0, 0, 0]
 
 
 def fields(launched: SimpleNamespace, *names: str) -> list[int]:
@@ -168,19 +175,36 @@ def test_operands_of_groups_are_described(notes: Notes):
     assert fields(launched, "b_scale_stride_g", "d_stride_g", "d_stride_m") == [12, 42 * 272, 272]
 
 
-@pytest.mark.parametrize("kind", [Kind.CONTIGUOUS, Kind.ENDS, Kind.MASKED])
-def test_tiles_are_claimed_where_the_device_alone_knows_how_many_there_are(kind: Kind, notes: Notes):
+def masked(kind: Kind = Kind.MASKED) -> tuple[Plan, Operands]:
+    """A launch whose tiles are claimed, if kind is one whose groups only the device knows."""
     values, scales = weights(3, 264, 400)
     o = operands(512, 264, 400)._replace(b=values, b_scales=scales, layout=torch.zeros(3, dtype=torch.int32))
-    p = plan((128, 32), 512, 264, 400, kind=kind, groups=3, alignment=128)
-    for _ in range(3):
-        launch.launch(p, o)
-    claims, numbers = zip(*(fields(launched, "claims", "launch") for launched in notes.launched), strict=True)
-    if kind == Kind.CONTIGUOUS:
-        assert claims == (0, 0, 0)
-    else:
-        assert all(claims)
-        assert len({*numbers, 0}) == 4, "a launch has a number of its own, and not 0"
+    return plan((128, 32), 512, 264, 400, kind=kind, groups=3, alignment=128), o
+
+
+def counters(notes: Notes) -> list[int]:
+    return [launched.problem["counter"] for launched in notes.launched]
+
+
+@pytest.mark.parametrize("kind", [Kind.CONTIGUOUS, Kind.ENDS, Kind.MASKED])
+def test_tiles_are_claimed_where_the_device_alone_knows_how_many_there_are(kind: Kind, notes: Notes):
+    launch.launch(*masked(kind))
+    assert bool(*counters(notes)) == (kind != Kind.CONTIGUOUS)
+
+
+def test_launches_that_may_run_at_the_same_time_count_apart(notes: Notes):
+    for notes.stream, notes.capturing in [(77, False), (77, False), (78, False), (77, True), (77, True), (77, False)]:
+        launch.launch(*masked())
+    first, again, other, captured, captured_too, last = counters(notes)
+    assert first == again == last
+    assert len({0, first, other, captured, captured_too}) == 5
+
+
+def test_tiles_are_shared_out_beforehand_where_no_counter_is_left(notes: Notes, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "COUNTERS", 3)
+    for notes.stream in (5, 6, 7, 8, 5, 6, 7):
+        launch.launch(*masked())
+    assert counters(notes) == [1, 2, 0, 0, 1, 2, 0]
 
 
 @pytest.mark.parametrize(("expected", "box"), [(1, 16), (16, 16), (17, 32), (33, 64), (500, 64)])

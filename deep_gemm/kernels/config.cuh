@@ -13,6 +13,7 @@ constexpr int CLUSTER_N = 1;
 constexpr int COLUMN_SCALES = 0;
 constexpr int WARPGROUPS = 2;
 constexpr int STORE_M = 32;
+constexpr int COUNTERS = 16384;
 constexpr int SMEM_BYTES = 215040;
 constexpr int CONSUMER_REGISTERS = 232;
 constexpr int PRODUCER_REGISTERS = 40;

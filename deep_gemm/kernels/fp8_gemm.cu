@@ -19,7 +19,7 @@
 DEVICE void claim(Scheduler& scheduler, SharedStorage& smem, uint32_t phase) {
     if (CLUSTER > 1 && cluster_rank() == 1) {
         if (elect_one()) barrier_expect_bytes(shared_address(&smem.claim), 4);
-        wait(smem.claim, phase);
+        wait<true>(smem.claim, phase);
         scheduler.number = smem.claimed;
     } else {
         wait(smem.claim, phase);
@@ -41,12 +41,12 @@ DEVICE void schedule(const Args& args, SharedStorage& smem) {
         if (elect_one()) hand_out(smem, tile, index);
         __syncwarp();
         if (uniform(tile.rows) == Tile::NONE) break;
-        if (args.problem.claims) claim(scheduler, smem, index % 2);
+        if (args.problem.counter) claim(scheduler, smem, index % 2);
         else scheduler.stride();
     }
 }
 
-// Brings one tile's operands, K block by K block. PLAIN: of a one box for every block, and no pace to keep.
+// Brings one tile's operands, K block by K block. PLAIN: one box brings all rows of a, and there is no pace to keep.
 template <bool PLAIN> DEVICE void load(const Args& args, SharedStorage& smem, Tile tile, Pipeline& pipe) {
     const Problem& problem = args.problem;
     const bool own_maps = along_k(problem);  // a group's a and b are matrices of their own
@@ -59,7 +59,7 @@ template <bool PLAIN> DEVICE void load(const Args& args, SharedStorage& smem, Ti
     const uint32_t loaded = CLUSTER_N == 2 ? problem.box_rows * 2 : rows <= problem.box_rows ? problem.box_rows : round_up(rows, problem.box_rows);
     const uint32_t bytes = (loaded + BLOCK_N) * BLOCK_K + problem.scale_rows * 4 + (COLUMN_SCALES ? BLOCK_N * 4 : 0);
     const uint32_t scale_row = tile.n / 128, scale_rows = (problem.n + 127) / 128;
-    const uint32_t late = !problem.claims ? ~0u : tile.k_blocks > CLAIM_AHEAD ? tile.k_blocks - CLAIM_AHEAD : 0;
+    const uint32_t late = !problem.counter ? ~0u : tile.k_blocks > CLAIM_AHEAD ? tile.k_blocks - CLAIM_AHEAD : 0;
     const float* b_scales = problem.b_scales + tile.group * problem.b_scale_stride_g + scale_row * problem.b_scale_stride_n;
 #pragma unroll 1
     for (uint32_t block = 0; block < tile.k_blocks; ++block, pipe.advance()) {

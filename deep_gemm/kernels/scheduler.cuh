@@ -1,5 +1,6 @@
-// Which output tile comes next. Persistent: every cluster starts at its own index and strides by the number of clusters.
-// The kinds of multiplication differ here alone. One warp schedules, and hands out tiles to the others.
+// Which output tile comes next. Persistent: every cluster starts with its own number and strides by the number of clusters, or,
+// where tiles cost unequally much, claims them one by one.
+// The kinds of multiplication differ here, and in little else. One warp schedules, and hands out tiles to the others.
 // Dense ones are the producing thread's own business: the first tile is waited for.
 #pragma once
 #include "config.cuh"
@@ -22,19 +23,18 @@ struct Problem {              // what every launch needs comes first: one line o
     uint32_t box_rows;        // rows of a, and
     uint32_t scale_rows;      // of its scales, that one copy brings
     uint32_t pace;            // clocks from one K block to the next, at least
+    uint32_t counter;         // in `claimed`; 0: none, then each cluster's tiles are known beforehand
+    uint32_t groups;
     const float* b_scales;    // [groups, ceil(n / 128), k / 128], any strides
     int64_t b_scale_stride_n, b_scale_stride_k, b_scale_stride_g;
-    uint32_t groups;
     uint32_t alignment;       // of where a group starts
+    uint32_t clear_padding;   // whether padding rows of d become zeros
     const int* layout;
     void* d;
     int64_t d_stride_m, d_stride_g;
     const float* c;           // what an FP32 result is added to, with d's strides; or nothing
     const uint8_t *a, *b;     // where groups have their own K: the first group's, and
     TensorMap* maps;          // the maps of a and b, group by group
-    uint32_t clear_padding;   // whether padding rows of d become zeros
-    uint32_t launch;          // a number that no other launch has, never 0
-    uint64_t* claims;         // launch, and how many tiles were claimed; or nothing, then each CTA's tiles are known beforehand
 };
 
 struct Args {
@@ -53,6 +53,10 @@ struct Tile {
     enum : uint32_t { TOGETHER, SCATTERED, NONE } rows;  // SCATTERED: not all up to `end` are the group's. NONE: no tile is left
 };
 
+// How many tiles a launch has claimed: 0 at first, and after every launch. The host sees to it that launches which may run at
+// the same time have counters of their own.
+__device__ uint32_t claimed[COLUMN_SCALES ? 1 : COUNTERS];
+
 // Whether groups have their own K, which takes column scales. Then they have all rows, and none of the other kinds occurs.
 DEVICE bool along_k(const Problem& problem) { return COLUMN_SCALES && problem.kind >= K_GROUPED; }
 
@@ -68,7 +72,7 @@ struct Groups {
         start = 0, count = group < problem.groups ? at(group) : 0;
         if (problem.kind == (COLUMN_SCALES ? K_ENDS : ENDS)) {
             const uint32_t end = count;
-            if (group > 0 && group < problem.groups) start = round_up(at(group - 1), problem.alignment);
+            if (group > 0 && group < problem.groups) start = min(round_up(at(group - 1), problem.alignment), size);
             count = end > start ? end - start : 0;
         }
         if (COLUMN_SCALES && problem.kind == K_GROUPED) {
@@ -103,11 +107,11 @@ class Scheduler {
         tile.n = (column * CLUSTER_N + rank % CLUSTER_N) * BLOCK_N;
     }
 
-    // Whoever claims last, of `total` tiles, sees to it that a repetition of this launch, by a CUDA graph, starts at 0. There are as
-    // many claims as tiles: every CTA that had a tile claims one that is not there.
+    // Every one of `total` tiles is followed by a claim of its cluster's. Who makes the last one leaves 0 for the next launch. (A
+    // cluster without any tile has a number below `clusters`, and claims nothing.)
     DEVICE void finish(uint32_t total) const {
         const uint32_t clusters = gridDim.x / CLUSTER;
-        if (problem.claims && number >= clusters && number + 1 == total + clusters) *problem.claims = 0;
+        if (problem.counter && number >= clusters && number + 1 == total + clusters) claimed[problem.counter] = 0;
     }
 
     // The group that a tile's rows belong to, by the first row that belongs to any; ~0 where all are padding.
@@ -133,7 +137,7 @@ public:
         groups.base = 0u - 32;  // before the first ones, which have no tiles
     }
 
-    // The next tile of all rows and columns. One of a cluster may lie outside the output: it computes zeros and stores nothing.
+    // The next tile of all rows and columns. One of a cluster may lie outside the output: nothing of it is stored.
     DEVICE void next_of_all(Tile& tile) {
         const uint32_t rows = (problem.m - 1) / HEIGHT + 1, tiles = rows * columns, clusters = gridDim.x / CLUSTER;
         const uint32_t rank = blockIdx.x / CLUSTER, turn = number - rank;  // the first tile of all clusters' turn
@@ -155,17 +159,9 @@ public:
 
     // Goes on to the first tile that no cluster has, behind those that they start with. All lanes of a warp.
     DEVICE void claim() {
-        uint64_t count = 0;
-        if (lane_index() == 0) {
-            // Every launch counts from 0, whatever the memory held: that it was not this launch's number, then.
-            const uint64_t none = uint64_t(problem.launch) << 32;
-            while ((count = atomic_add(problem.claims, 1)) >> 32 != problem.launch)
-                for (uint64_t seen = count + 1; seen >> 32 != problem.launch;) {
-                    const uint64_t found = compare_and_swap(problem.claims, seen, none);
-                    seen = found == seen ? none : found;
-                }
-        }
-        number = gridDim.x / CLUSTER + uniform(uint32_t(count));
+        uint32_t count = 0;
+        if (lane_index() == 0) count = atomic_add(&claimed[problem.counter], 1);
+        number = gridDim.x / CLUSTER + uniform(count);
     }
 
     // The next tile of groups. All lanes of a warp.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import threading
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from .. import settings
 from ..heuristics import box_rows
 from ..layout import align, ceil_div, get_mn_major_tma_aligned_tensor
-from ..plan import BLOCK_K, ENTRY, Plan, Tile, describing_source, reporting_source
+from ..plan import BLOCK_K, COUNTERS, ENTRY, Plan, Tile, describing_source, reporting_source
 from ..problem import Kind, Operands
 from .compiler import Source, cubin_for
 from .driver import bind_context, check, driver, load
@@ -35,12 +34,14 @@ class _ProblemArgs(ctypes.Structure):
         ("box_rows", ctypes.c_uint32),
         ("scale_rows", ctypes.c_uint32),
         ("pace", ctypes.c_uint32),
+        ("counter", ctypes.c_uint32),
+        ("groups", ctypes.c_uint32),
         ("b_scales", ctypes.c_uint64),
         ("b_scale_stride_n", ctypes.c_int64),
         ("b_scale_stride_k", ctypes.c_int64),
         ("b_scale_stride_g", ctypes.c_int64),
-        ("groups", ctypes.c_uint32),
         ("alignment", ctypes.c_uint32),
+        ("clear_padding", ctypes.c_uint32),
         ("layout", ctypes.c_uint64),
         ("d", ctypes.c_uint64),
         ("d_stride_m", ctypes.c_int64),
@@ -49,9 +50,6 @@ class _ProblemArgs(ctypes.Structure):
         ("a", ctypes.c_uint64),
         ("b", ctypes.c_uint64),
         ("maps", ctypes.c_uint64),
-        ("clear_padding", ctypes.c_uint32),
-        ("launch", ctypes.c_uint32),
-        ("claims", ctypes.c_uint64),
     ]
 
 
@@ -65,7 +63,7 @@ class _Args(ctypes.Structure):
         ("b_scales", ctypes.c_byte * MAP_BYTES),
         ("d", ctypes.c_byte * MAP_BYTES),
         ("problem", _ProblemArgs),
-        ("padding", ctypes.c_byte * 40),  # alignas(64)
+        ("padding", ctypes.c_byte * 48),  # alignas(64)
     ]
 
 
@@ -131,6 +129,7 @@ class _Launcher:
         ]
         self._addresses = [getattr(o, name).data_ptr() for name in encoded]
         self._config = _launch_config(cuda, plan.ctas, tile.threads, tile.smem_bytes, tile.cluster, plan.pdl)
+        self._counters = _counters_of(tile, self._index) if plan.claims else None
         self._report: Any = None
         if plan.problem.kind == Kind.CONTIGUOUS and settings.get("DG_JIT_DEBUG"):
             self._report = _small_kernel(reporting_source(), self._index)
@@ -164,9 +163,8 @@ class _Launcher:
             maps = torch.empty(self._plan.problem.groups * 2 * MAP_BYTES, dtype=torch.uint8, device=o.d.device)
             problem.a, problem.b, problem.maps = o.a.data_ptr(), o.b.data_ptr(), maps.data_ptr()
             self._queue(self._describe, self._describe_config, stream)
-        if self._plan.claims:
-            claims = torch.empty(1, dtype=torch.int64, device=o.d.device)  # holds anything: the kernel sees to that
-            problem.claims, problem.launch = claims.data_ptr(), next(_launches) % (2**32 - 1) + 1
+        if self._counters is not None:
+            problem.counter = self._counters.take(stream)
         self._queue(self._kernel, self._config, stream)
 
     def _queue(self, kernel: Any, config: Any, stream: int, parameters: int = 0) -> None:
@@ -200,7 +198,6 @@ def _launch_config(cuda: Any, ctas: int, threads: int, smem_bytes: int, cluster:
 
 
 _thread = threading.local()
-_launches = itertools.count()  # next() of it is atomic
 
 
 def _launchers() -> dict[Any, _Launcher]:
@@ -216,6 +213,42 @@ def _launchers() -> dict[Any, _Launcher]:
 _lock = threading.Lock()
 _kernels: dict[tuple[Tile, int, bool], Any] = {}
 _small_kernels: dict[tuple[str, int], Any] = {}
+
+
+class _Counters:
+    """The counters of claimed tiles in a kernel's memory: which one a launch takes.
+
+    No other launch may have it at the same time. Those of a stream run one after the other and share one. What is
+    captured into a CUDA graph has one for itself for good, since the graph may run on any stream, beside any other.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken = 0
+        self._of_stream: dict[int, int] = {}
+
+    def take(self, stream: int) -> int:
+        """The counter's number, 0 if none is left: then each CTA's tiles are fixed beforehand."""
+        if torch.cuda.is_current_stream_capturing():
+            return self._another()
+        # Unlike its handle, a stream's id is never that of another one, before or after.
+        unique = int(check(driver().cuStreamGetId(stream), "reading a stream's id"))
+        number = self._of_stream.get(unique, 0)
+        if not number and (number := self._another()):
+            number = self._of_stream.setdefault(unique, number)
+        return number
+
+    def _another(self) -> int:
+        with self._lock:
+            self._taken += self._taken < COUNTERS
+            return self._taken if self._taken < COUNTERS else 0
+
+
+_counters: dict[tuple[Tile, int], _Counters] = {}
+
+
+def _counters_of(tile: Tile, device_index: int) -> _Counters:
+    return _counters.setdefault((tile, device_index), _Counters())
 
 
 def kernel_for(tile: Tile, device_index: int) -> Any:

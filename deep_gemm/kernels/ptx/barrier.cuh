@@ -20,6 +20,16 @@ DEVICE bool barrier_try_wait(uint32_t barrier, uint32_t parity) {
     return done;
 }
 
+// mbarrier.try_wait.parity.acquire.cluster: the same, and then what other CTAs of the cluster have written is seen
+DEVICE bool barrier_try_wait_cluster(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return done;
+}
+
 // mbarrier.arrive, on a barrier of this CTA
 DEVICE void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");

@@ -61,16 +61,9 @@ DEVICE uint32_t inclusive_sum(uint32_t value) {
 }
 
 // atom.add, of memory that all CTAs see: what was there
-DEVICE uint64_t atomic_add(uint64_t* address, uint64_t value) {
-    uint64_t found;
-    asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;" : "=l"(found) : "l"(address), "l"(value) : "memory");
-    return found;
-}
-
-// atom.cas, of memory that all CTAs see: what was there, which `value` replaces if it was `expected`
-DEVICE uint64_t compare_and_swap(uint64_t* address, uint64_t expected, uint64_t value) {
-    uint64_t found;
-    asm volatile("atom.relaxed.gpu.global.cas.b64 %0, [%1], %2, %3;" : "=l"(found) : "l"(address), "l"(expected), "l"(value) : "memory");
+DEVICE uint32_t atomic_add(uint32_t* address, uint32_t value) {
+    uint32_t found;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(found) : "l"(address), "r"(value) : "memory");
     return found;
 }
 
