@@ -332,7 +332,7 @@ def eager_call_us(calls: int = 400) -> dict[str, float]:
 
 def layout_share_of_copy(turns: int = 5) -> dict[str, float]:
     """Bytes per second at which scales get the GEMM's layout, beside a plain copy's. Nothing fits into L2."""
-    m, blocks = 262144, 56
+    m, blocks = 524288, 56
     inputs = {
         "K-major": torch.rand(m, blocks, device="cuda"),
         "K-major, 32 groups": torch.rand(32, m // 32, blocks, device="cuda"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .errors import InvalidInputError
+from .layout import is_whole
 from .runtime import device
 
 
@@ -37,16 +38,16 @@ def current() -> Config:
 
 
 def set_num_sms(num_sms: int | None) -> None:
-    """Limits the kernels to that many SMs (None or 0: all), so that others can run beside them.
+    """Limits multiplications to that many SMs (None or 0: all), so that other kernels can run beside them.
 
     Raises: InvalidInputError if it is no whole number between 0 and the number of SMs of the current device.
     """
     best = device.best()
-    if num_sms is not None and not (_is_whole(num_sms) and 0 <= num_sms <= best.num_sms):
+    if num_sms is not None and not (is_whole(num_sms) and 0 <= num_sms <= best.num_sms):
         raise InvalidInputError(
-            f"num_sms is {num_sms}, expected 1 to {best.num_sms}, the SMs of {best.name}, or None for all"
+            f"num_sms is {num_sms!r}, expected 1 to {best.num_sms}, the SMs of {best.name}, or None for all"
         )
-    _change(num_sms=None if num_sms in (0, best.num_sms) else num_sms)  # so that restoring restores
+    _change(num_sms=None if num_sms in (None, 0, best.num_sms) else int(num_sms))  # so that restoring restores
 
 
 def get_num_sms() -> int:
@@ -59,9 +60,9 @@ def set_tc_util(tc_util: int) -> None:
 
     Raises: InvalidInputError if it is no whole number between 1 and 100.
     """
-    if not (_is_whole(tc_util) and 1 <= tc_util <= 100):
-        raise InvalidInputError(f"tc_util is {tc_util}, expected a whole number of percent, 1 to 100")
-    _change(tc_util=tc_util)
+    if not (is_whole(tc_util) and 1 <= tc_util <= 100):
+        raise InvalidInputError(f"tc_util is {tc_util!r}, expected a whole number of percent, 1 to 100")
+    _change(tc_util=int(tc_util))
 
 
 def get_tc_util() -> int:
@@ -73,8 +74,10 @@ def set_pdl(enable: bool) -> None:
     """Lets kernels start while the one before them on the stream still runs (programmatic dependent launch).
 
     A kernel waits for the one before it before it reads or writes memory, so results do not change.
+
+    Raises: InvalidInputError for anything but True and False.
     """
-    _change(pdl=bool(enable))
+    _change(pdl=_flag("set_pdl", enable))
 
 
 def get_pdl() -> bool:
@@ -91,17 +94,17 @@ def set_block_size_multiple_of(multiple: int | tuple[int, int]) -> None:
 
     block_m, block_n = multiple if isinstance(multiple, (tuple, list)) and len(multiple) == 2 else (multiple, multiple)
     if not (
-        _is_whole(block_m)
-        and _is_whole(block_n)
+        is_whole(block_m)
+        and is_whole(block_n)
         and block_m > 0
         and block_n > 0
         and any(t.block_m % block_m == 0 and t.block_n % block_n == 0 for t in tiles())
     ):
         raise InvalidInputError(
-            f"the block size is to be a multiple of {multiple}, expected divisors of 64, 128 or 192 (rows) "
+            f"the block size is to be a multiple of {multiple!r}, expected divisors of 64, 128 or 192 (rows) "
             "and of a multiple of 16 up to 256 (columns)"
         )
-    _change(block_m=block_m, block_n=block_n)
+    _change(block_m=int(block_m), block_n=int(block_n))
 
 
 def set_compile_mode(mode: int) -> None:
@@ -110,8 +113,10 @@ def set_compile_mode(mode: int) -> None:
     Raises: InvalidInputError for another mode.
     """
     global _compile_mode
-    if not isinstance(mode, int) or mode not in (0, 1):
-        raise InvalidInputError(f"the compile mode is {mode}, expected 0 (multiply) or 1 (compile, and launch nothing)")
+    if not is_whole(mode) or mode not in (0, 1):
+        raise InvalidInputError(
+            f"the compile mode is {mode!r}, expected 0 (multiply) or 1 (compile, and launch nothing)"
+        )
     _compile_mode = int(mode)
 
 
@@ -121,9 +126,12 @@ def get_compile_mode() -> int:
 
 
 def set_batch_invariant(enable: bool) -> None:
-    """Taken for compatibility: a row has the same bits for every M and every tile, whether this is on or off."""
+    """Taken for compatibility: a row has the same bits for every M and every tile, whether this is on or off.
+
+    Raises: InvalidInputError for anything but True and False.
+    """
     global _batch_invariant
-    _batch_invariant = bool(enable)
+    _batch_invariant = _flag("set_batch_invariant", enable)
 
 
 def get_batch_invariant() -> bool:
@@ -135,10 +143,12 @@ def set_ignore_compile_dims(ignore: bool) -> None:
     """Taken for compatibility: no dimension is ever compiled into a kernel."""
 
 
+def _flag(name: str, x: object) -> bool:
+    if not isinstance(x, int) or x not in (0, 1):
+        raise InvalidInputError(f"{name} got {x!r}, expected True or False: pass one of them")
+    return bool(x)
+
+
 def _change(**values: int | bool | None) -> None:
     global _config
     _config = replace(_config, **values)  # type: ignore[arg-type]
-
-
-def _is_whole(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -11,6 +12,7 @@ import torch
 
 from . import config, problem, reference, settings
 from .config import Config
+from .errors import InvalidInputError
 from .heuristics import choose
 from .layout import get_mk_alignment_for_contiguous_layout
 from .plan import Plan
@@ -93,7 +95,8 @@ def fp8_gemm_nn(
     disable_ue8m0_cast: bool = False,
 ) -> None:
     """d = a @ b: `fp8_gemm_nt` with b [K, N] and scales [ceil(K / 128), ceil(N / 128)], views of K-major memory."""
-    fp8_gemm_nt(a, _transposed(b), d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
+    with _swapped("b"):
+        fp8_gemm_nt(a, _transposed(b), d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
 
 
 def fp8_gemm_tn(
@@ -108,7 +111,8 @@ def fp8_gemm_tn(
     disable_ue8m0_cast: bool = False,
 ) -> None:
     """d = a.T @ b: `fp8_gemm_nt` with a [K, M], b [K, N] and their scales, views of K-major memory."""
-    fp8_gemm_nt(_transposed(a), _transposed(b), d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
+    with _swapped("a and b"):
+        fp8_gemm_nt(_transposed(a), _transposed(b), d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
 
 
 def fp8_gemm_tt(
@@ -123,7 +127,8 @@ def fp8_gemm_tt(
     disable_ue8m0_cast: bool = False,
 ) -> None:
     """d = a.T @ b.T: `fp8_gemm_nt` with a [K, M] and its scales, views of K-major memory."""
-    fp8_gemm_nt(_transposed(a), b, d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
+    with _swapped("a"):
+        fp8_gemm_nt(_transposed(a), b, d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
 
 
 def gemm_fp8_fp8_bf16_nt(lhs: Pair, rhs: Pair, out: torch.Tensor) -> None:
@@ -187,10 +192,11 @@ def m_grouped_fp8_gemm_nn_contiguous(
     ensure_zero_padding: bool = True,
 ) -> None:
     """`m_grouped_fp8_gemm_nt_contiguous` with b [G, K, N] and its scales, views of K-major memory."""
-    m_grouped_fp8_gemm_nt_contiguous(
-        a, _transposed(b), d, grouped_layout, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast,
-        use_psum_layout, ensure_zero_padding,
-    )  # fmt: skip
+    with _swapped("b"):
+        m_grouped_fp8_gemm_nt_contiguous(
+            a, _transposed(b), d, grouped_layout, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast,
+            use_psum_layout, ensure_zero_padding,
+        )  # fmt: skip
 
 
 def m_grouped_fp8_gemm_nt_masked(
@@ -266,8 +272,19 @@ def _transposed(pair: Pair) -> Pair:
     return pair
 
 
+@contextmanager
+def _swapped(names: str) -> Generator[None]:
+    """Says in complaints that they are about views with the last two dimensions swapped."""
+    try:
+        yield
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{error} (here the last two dimensions of {names} are swapped)") from None
+
+
 def _run(problem: Problem, operands: Operands) -> None:
     if problem.is_empty:
+        if operands.clear_padding and not config.get_compile_mode():
+            operands.d.zero_()  # without groups all rows are padding
         return
     index = operands.d.device.index
     if operands.d.device.type == "cpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 
@@ -14,11 +15,16 @@ _PACKED = "packed UE8M0 scales are an operand of Blackwell's tensor cores; Hoppe
 _TMA_BYTES = 16  # base addresses and strides of a tensor map are multiples of 16 bytes (CUDA driver API)
 
 
+def is_whole(x: object) -> bool:
+    """Whether x is a whole number. NumPy's are, too: clients compute hints with them."""
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
 def ceil_div(x: int, y: int) -> int:
-    """x / y, rounded up. Raises: InvalidInputError unless x >= 0 and y > 0."""
-    if x < 0 or y <= 0:
+    """x / y, rounded up. Raises: InvalidInputError unless both are whole, x >= 0 and y > 0."""
+    if not (is_whole(x) and is_whole(y)) or x < 0 or y <= 0:
         raise InvalidInputError(
-            f"got sizes {x} and {y}, expected x >= 0 and y > 0: check the shape that they come from"
+            f"got sizes {x!r} and {y!r}, expected whole numbers, x >= 0 and y > 0: check the shape that they come from"
         )
     return -(-x // y)
 

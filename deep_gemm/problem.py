@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
 
 from .errors import InvalidInputError
-from .layout import ceil_div
+from .layout import ceil_div, is_whole
 
 E4M3 = torch.float8_e4m3fn
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -57,7 +56,7 @@ class Problem:
     def rows(self) -> int:
         """Of a, in all groups; what is expected where the device alone knows."""
         if self.kind == Kind.MASKED or (self.kind == Kind.ENDS and self.expected_m is not None):
-            return self.groups * min(self.expected_m or self.m, self.m)
+            return self.groups * min(self.m if self.expected_m is None else self.expected_m, self.m)
         return self.m
 
     @property
@@ -125,7 +124,10 @@ def dense(
             "K must agree, and both are K-major"
         )
     if d.shape != (m, n):
-        raise InvalidInputError(f"d has shape {_shape(d)}, expected ({m}, {n}), M of a and N of b")
+        raise InvalidInputError(
+            f"d has shape {_shape(d)}, expected ({m}, {n}), M of a and N of b: "
+            f"allocate it with torch.empty(({m}, {n}), dtype={d.dtype})"
+        )
     check_shape(m, n, k)
     problem = Problem(m, n, k, column_scales=column_scales)
     _scales("a", a_scales, a_values, (m, problem.k_blocks), TOKEN)
@@ -154,17 +156,20 @@ def contiguous(
     _result("d", d, torch.bfloat16, (m, n), "expected 2 ([M, N]): the rows of all groups, one behind the other")
     _same_k(a_values, b_values)
     if d.shape != (m, n):
-        raise InvalidInputError(f"d has shape {_shape(d)}, expected ({m}, {n}), M of a and N of b")
+        raise InvalidInputError(
+            f"d has shape {_shape(d)}, expected ({m}, {n}), M of a and N of b: "
+            f"allocate it with torch.empty(({m}, {n}), dtype={d.dtype})"
+        )
     _indices(
         "grouped_layout", layout, groups if ends else m, "the end of every group" if ends else "the group of every row"
     )
-    if expected_m is not None and not (_is_whole(expected_m) and expected_m >= 0):
+    if expected_m is not None and not (is_whole(expected_m) and expected_m >= 0):
         raise InvalidInputError(
             f"expected_m_for_psum_layout is {expected_m!r}, expected a whole number or None: it is a hint"
         )
     check_shape(m, n, k, groups)
     kind = Kind.ENDS if ends else Kind.CONTIGUOUS
-    expected = int(expected_m) if ends and expected_m is not None else None
+    expected = max(int(expected_m), 1) if ends and expected_m is not None else None
     problem = Problem(m, n, k, kind, groups, expected, alignment)
     _scales("a", a_scales, a_values, (m, problem.k_blocks), TOKEN)
     _scales("b", b_scales, b_values, (groups, ceil_div(n, 128), problem.k_blocks), BLOCK)
@@ -188,7 +193,7 @@ def masked(a: Pair, b: Pair, d: torch.Tensor, masked_m: torch.Tensor, expected_m
             "expected [G, max_m, K], [G, N, K] and [G, max_m, N]: G, max_m and N must agree"
         )
     _indices("masked_m", masked_m, groups, "how many rows of every group are real")
-    if not (_is_whole(expected_m) and expected_m >= 0):
+    if not (is_whole(expected_m) and expected_m >= 0):
         raise InvalidInputError(
             f"expected_m is {expected_m!r}, expected a whole number: about how many rows a group has; it is a hint"
         )
@@ -271,14 +276,12 @@ def k_grouped(
 
 
 def _check_ks(ks: Sequence[int], groups: int) -> None:
-    if (
-        not isinstance(ks, Sequence)
-        or len(ks) != groups
-        or not all(_is_whole(k) and k >= 0 and k % 128 == 0 for k in ks)
-    ):
+    if not isinstance(ks, Sequence) or not all(map(is_whole, ks)) or len(ks) != groups:
         raise InvalidInputError(
-            f"ks_cpu is {ks}, expected {groups} multiples of 128, one for each group of d: pad every group with zeros"
+            f"ks_cpu is {ks!r}, expected a list of {groups} whole numbers, one for each group of d: call .tolist()"
         )
+    if any(k < 0 or k % 128 for k in ks):
+        raise InvalidInputError(f"ks_cpu is {ks}, expected multiples of 128: pad every group with zeros")
 
 
 def check_shape(m: int, n: int, k: int, groups: int = 1) -> None:
@@ -314,7 +317,8 @@ def check_options(
         ("recipe_b", recipe_b, (1, 128) if column_scales else (128, 128)),
     ):
         if got is not None and not _is(got, want):
-            raise InvalidInputError(f"{name} is {got}, expected {want} or None: quantise a per 1x128 and b per 128x128")
+            remedy = "quantise a per 1x128 and b per " + ("1x128" if column_scales else "128x128")
+            raise InvalidInputError(f"{name} is {got}, expected {want} or None: {remedy}")
     if c is not None and not column_scales:
         raise InvalidInputError(
             "c was given, expected None: with block scales nothing is accumulated into d; add c afterwards"
@@ -339,12 +343,7 @@ def _check_compiled_dims(compiled_dims: str) -> None:
 
 
 def _is(recipe: Sequence[int] | None, want: tuple[int, ...]) -> bool:
-    return isinstance(recipe, Sequence) and all(_is_whole(x) for x in recipe) and tuple(recipe) == want
-
-
-def _is_whole(x: object) -> bool:
-    """NumPy's whole numbers are, too: clients compute hints with them."""
-    return isinstance(x, Integral) and not isinstance(x, bool)
+    return isinstance(recipe, Sequence) and all(is_whole(x) for x in recipe) and tuple(recipe) == want
 
 
 def _flag(name: str, x: object) -> None:

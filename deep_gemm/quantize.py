@@ -76,10 +76,11 @@ def per_channel_cast_back(values: torch.Tensor, scales: torch.Tensor, gran_k: in
 def ceil_to_ue8m0(x: torch.Tensor) -> torch.Tensor:
     """|x| [any shape] FP32, rounded up to a power of two, from 2**-126; above 2**127 it is inf. 0, inf and NaN stay.
 
-    Raises: InvalidInputError for another dtype.
+    Raises: InvalidInputError for another dtype, and what is no tensor.
     """
-    if x.dtype != torch.float32:
-        raise InvalidInputError(f"got {x.dtype}, expected torch.float32: call .float()")
+    if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
+        got = x.dtype if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
+        raise InvalidInputError(f"got {got}, expected a tensor of torch.float32: call .float()")
     bits = x.abs().view(torch.int32)
     return torch.where(x.isnan(), x, ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32))
 

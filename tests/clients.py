@@ -296,6 +296,20 @@ def sglang(kind: str, device: str) -> None:
             o.check()
 
 
+def sglang_graphed(kind: str, device: str) -> None:
+    """Every call captured once, replayed with other contents of the same memory."""
+    o = Operands(kind, device)
+    for call in sglang_calls(o):
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        for seed in range(4):
+            o.refill(seed)
+            graph.replay()
+            o.check()
+
+
 @contextmanager
 def configured_num_sms(num_sms: int) -> Iterator[None]:
     import deep_gemm
@@ -401,6 +415,8 @@ def paths(device: str) -> dict[str, Callable[[], str | None]]:
     for kind in ("dense", "contiguous", "masked"):
         found[f"SGLang: {kind}"] = partial(sglang, kind, device)
         found[f"SGLang: {kind}, compile mode"] = partial(sweep, kind, device)
+        if device == "cuda":
+            found[f"SGLang: {kind}, CUDA graph"] = partial(sglang_graphed, kind, device)
     found["SGLang: fewer SMs for a while"] = partial(fewer_sms, device)
     return found
 

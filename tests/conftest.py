@@ -1,6 +1,7 @@
 """What all tests share: a cache of kernels of this run's own, and no GPU tests where there is no Hopper GPU.
 
 `--results FOLDER` keeps the outcome of a run on a GPU: <date>-<gpu>.json, with the machine, versions and commit.
+`--fuzz-minutes M` lets each seed of the fuzzer's slice go on for so long; the cases are counted in the outcome.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def _why_no_gpu() -> str | None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, metavar="FOLDER", help="keep the outcome of a run on a GPU there")
+    parser.addoption("--fuzz-minutes", type=float, metavar="M", help="fuzz for so long with each seed, not 100 cases")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -38,16 +40,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     from bench.run import commit, machine, slug, versions
 
     tests: dict[str, Counter[str]] = {}
+    fuzzed = {"minutes_of_each_seed": config.getoption("--fuzz-minutes"), "cases": 0}
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.getreports(outcome):
             if outcome != "passed" or report.when == "call":
                 tests.setdefault(report.nodeid.partition("[")[0], Counter())[outcome] += 1
+                fuzzed["cases"] += dict(report.user_properties).get("cases", 0)
     now, gpu = datetime.now(timezone.utc), machine()
     total = sum(tests.values(), Counter())
     about = {"time": now.isoformat(timespec="seconds"), **commit(), "machine": gpu, "versions": versions()}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{now.date()}-{slug(gpu['gpu'])}.json"
-    path.write_text(json.dumps(about | {"total": total, "tests": dict(sorted(tests.items()))}, indent=1) + "\n")
+    path.write_text(
+        json.dumps(about | {"total": total, "fuzzed": fuzzed, "tests": dict(sorted(tests.items()))}, indent=1) + "\n"
+    )
     terminalreporter.write_line(f"{path}: {dict(total)}")
 
 

@@ -12,11 +12,11 @@ import pytest
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
-def check(tool: str, script: str) -> None:
+def check(tool: str, script: str, kernel: str = "fp8_gemm") -> None:
     if not shutil.which("compute-sanitizer"):
         pytest.skip("compute-sanitizer is not on PATH")
     # cuda-bindings looks for functions that a driver may not have; that is no error of ours.
-    options = ["--error-exitcode", "9", "--kernel-name", "kns=fp8_gemm", "--report-api-errors", "no"]
+    options = ["--error-exitcode", "9", "--kernel-name", f"kns={kernel}", "--report-api-errors", "no"]
     command = ["compute-sanitizer", "--tool", tool, *options, sys.executable, "-c", script]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)

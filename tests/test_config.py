@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import astuple
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,11 +88,26 @@ def test_all_sms_again():
         assert config.current() == Config()
 
 
-def test_flags_are_what_they_are_worth():
+def test_flags():
     deep_gemm.set_pdl(1)  # type: ignore[arg-type]
-    deep_gemm.set_batch_invariant([])  # type: ignore[arg-type]
+    deep_gemm.set_batch_invariant(0)  # type: ignore[arg-type]
     assert deep_gemm.get_pdl() is True
     assert deep_gemm.get_batch_invariant() is False
+    for value in ("0", None, 2, [], torch.tensor(1)):
+        for setter in (deep_gemm.set_pdl, deep_gemm.set_batch_invariant):
+            with pytest.raises(InvalidInputError) as error:
+                setter(value)  # type: ignore[arg-type]
+            assert str(error.value) == f"{setter.__name__} got {value!r}, expected True or False: pass one of them"
+    assert deep_gemm.get_pdl() is True
+
+
+def test_whole_numbers_of_numpy():
+    deep_gemm.set_num_sms(np.int64(7))
+    deep_gemm.set_tc_util(np.int32(50))
+    deep_gemm.set_block_size_multiple_of(np.int64(64))
+    deep_gemm.set_compile_mode(np.int64(0))
+    assert config.current() == Config(num_sms=7, tc_util=50, block_m=64, block_n=64)
+    assert all(type(x) in (int, bool) for x in astuple(config.current()))
 
 
 def test_nothing_depends_on_these():
@@ -109,7 +126,7 @@ def test_num_sms_rejected(value: Any):
     deep_gemm.set_num_sms(7)
     with pytest.raises(InvalidInputError) as error:
         deep_gemm.set_num_sms(value)
-    assert str(error.value) == f"num_sms is {value}, expected 1 to 132, the SMs of NVIDIA H200, or None for all"
+    assert str(error.value) == f"num_sms is {value!r}, expected 1 to 132, the SMs of NVIDIA H200, or None for all"
     assert deep_gemm.get_num_sms() == 7
 
 
@@ -118,7 +135,7 @@ def test_tc_util_rejected(value: Any):
     deep_gemm.set_tc_util(50)
     with pytest.raises(InvalidInputError) as error:
         deep_gemm.set_tc_util(value)
-    assert str(error.value) == f"tc_util is {value}, expected a whole number of percent, 1 to 100"
+    assert str(error.value) == f"tc_util is {value!r}, expected a whole number of percent, 1 to 100"
     assert deep_gemm.get_tc_util() == 50
 
 
@@ -130,7 +147,7 @@ def test_block_size_multiple_rejected(value: Any):
     with pytest.raises(InvalidInputError) as error:
         deep_gemm.set_block_size_multiple_of(value)
     assert str(error.value) == (
-        f"the block size is to be a multiple of {value}, expected divisors of 64, 128 or 192 (rows) "
+        f"the block size is to be a multiple of {value!r}, expected divisors of 64, 128 or 192 (rows) "
         "and of a multiple of 16 up to 256 (columns)"
     )
     assert config.current() == Config(block_m=64, block_n=32)
@@ -142,7 +159,7 @@ def test_compile_mode_rejected(value: Any):
     with pytest.raises(InvalidInputError) as error:
         deep_gemm.set_compile_mode(value)
     assert str(error.value) == (
-        f"the compile mode is {value}, expected 0 (multiply) or 1 (compile, and launch nothing)"
+        f"the compile mode is {value!r}, expected 0 (multiply) or 1 (compile, and launch nothing)"
     )
     assert deep_gemm.get_compile_mode() == 1
 

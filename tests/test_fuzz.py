@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -29,6 +30,13 @@ FAULTS = [
 def test_a_slice_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert fuzz.main(["--seed", "1", "--cases", "50", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "50 cases, 0 failures"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU")
+def test_what_to_do_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        fuzz.main(["--cases", "1"])
+    assert "PyTorch sees no CUDA device: pass --device cpu" in capsys.readouterr().err
 
 
 def test_minutes_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,9 +127,17 @@ def test_what_is_broken_is_caught_and_repeated(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(4))
-def test_a_slice_on_the_gpu(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slice_on_the_gpu(
+    seed: int,
+    request: pytest.FixtureRequest,
+    record_property: Callable[[str, object], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     compile_many([tile.source() for columns in (False, True) for tile in heuristics.tiles(columns)])
-    outcome = fuzz.main(["--seed", str(seed), "--cases", "100"])
+    minutes = request.config.getoption("--fuzz-minutes")
+    outcome = fuzz.main(["--seed", str(seed), *(("--minutes", str(minutes)) if minutes else ("--cases", "100"))])
     said = capsys.readouterr().out
     assert outcome == 0, said
-    assert said.splitlines()[-1] == "100 cases, 0 failures"
+    cases = re.fullmatch(r"(\d+) cases, 0 failures", said.splitlines()[-1])
+    assert cases and (minutes or cases[1] == "100")
+    record_property("cases", int(cases[1]))

@@ -45,6 +45,17 @@ def test_first_name():
     assert equal(d, expected(a, b))
 
 
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("clear", [False, True])
+def test_without_groups_all_rows_are_padding(clear, ends):
+    a, _, d = operands(5, 16, 128)
+    b = torch.empty(0, 16, 128).to(torch.float8_e4m3fn), torch.empty(0, 1, 1)
+    layout = torch.full((0 if ends else 5,), -1, dtype=torch.int32)
+    d.fill_(7)
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, b, d, layout, use_psum_layout=ends, ensure_zero_padding=clear)
+    assert (d == (0 if clear else 7)).all()
+
+
 @pytest.mark.parametrize("form", ["nn", "tn", "tt"])
 def test_transposed_forms_take_views_of_k_major_memory(form):
     a, b, d = operands(40, 144, 272)
@@ -58,7 +69,8 @@ def test_transposed_forms_take_views_of_k_major_memory(form):
 def test_transposed_forms_refuse_other_memory():
     a, b, d = operands(40, 144, 272)
     rhs = b[0].t().contiguous(), b[1].t()
-    with pytest.raises(InvalidInputError, match="b has strides \\(1, 144\\), expected inner stride 1"):
+    said = "b has strides \\(1, 144\\), expected inner stride 1.*\\(here the last two dimensions of b are swapped\\)"
+    with pytest.raises(InvalidInputError, match=said):
         deep_gemm.fp8_gemm_nn(a, rhs, d)
     with pytest.raises(InvalidInputError, match="a is a Tensor, expected a pair"):
         deep_gemm.fp8_gemm_tn(a[0], b, d)

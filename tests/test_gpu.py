@@ -217,13 +217,16 @@ def test_nan_and_infinity():
     assert untouched()
 
 
+@pytest.mark.parametrize("num_sms", [None, 5])
 @pytest.mark.parametrize("shape", [(4096, 2112, 7168), (300, 24576, 384), (64, 2112, 7168), (130, 576, 16384)], ids=str)
-def test_thousand_repeats_give_equal_bits(shape):
+def test_thousand_repeats_give_equal_bits(shape, num_sms):
+    """On few SMs every CTA has many tiles; the first result there is held against that of all."""
     a, b = operands(*shape)
     first = torch.empty(shape[0], shape[1], dtype=torch.bfloat16, device="cuda")
     deep_gemm.fp8_gemm_nt(a, b, first)
     differences = torch.zeros((), dtype=torch.int64, device="cuda")
     d = torch.empty_like(first)
+    deep_gemm.set_num_sms(num_sms)
     for _ in range(1000):
         d.fill_(float("nan"))
         deep_gemm.fp8_gemm_nt(a, b, d)
@@ -422,6 +425,25 @@ def test_streams_and_threads():
     torch.cuda.synchronize()
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
+
+
+def test_another_device_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    a, b = operands(300, 576, 512)
+    want = exact(a, b)
+    a, b = ([x.to("cuda:1") for x in pair] for pair in (a, b))
+    assert torch.cuda.current_device() == 0
+    for d in (torch.empty(300, 576, dtype=torch.bfloat16, device="cuda:1") for _ in range(3)):
+        deep_gemm.fp8_gemm_nt(a, b, d)
+        assert differing(d.to("cuda:0"), want) == 0
+    counts = torch.tensor([300, 7], dtype=torch.int32, device="cuda:1")
+    stacked = [[torch.stack([x, x]) for x in pair] for pair in (a, b)]
+    d = torch.zeros(2, 300, 576, dtype=torch.bfloat16, device="cuda:1")
+    deep_gemm.m_grouped_fp8_gemm_nt_masked(*stacked, d, counts, 100)
+    assert differing(d[0].to("cuda:0"), want) == 0
+    assert differing(d[1, :7].to("cuda:0"), want[:7]) == 0 and not d[1, 7:].any()
+    assert torch.cuda.current_device() == 0
 
 
 def test_rejection_then_good_call():

@@ -5,6 +5,7 @@ Dead rows always hold NaN or 1e38, in values and scales, and d lies between guar
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from deep_gemm import problem as checks
 from deep_gemm.config import Config
 from deep_gemm.plan import describing_source
 from deep_gemm.problem import E4M3, Kind, Operands, Problem
-from deep_gemm.runtime import device
-from deep_gemm.runtime.compiler import compile_many
+from deep_gemm.runtime import device, driver
+from deep_gemm.runtime.compiler import Source, compile_many, cubin_for
 from deep_gemm.runtime.launch import launch
 from deep_gemm.testing import fuzz
 
@@ -100,7 +101,9 @@ def running(counts, alignment):
     return ranges
 
 
-def contiguous(counts, n=136, k=400, trailing=0, clear=True, spoil=True, indices=None, alignment=128):
+def contiguous(
+    counts, n=136, k=400, trailing=0, clear=True, spoil=True, indices=None, alignment=128, code=0x7F, scale=NAN
+):
     if indices is None:
         indices = []
         for group, count in enumerate(counts):
@@ -109,13 +112,13 @@ def contiguous(counts, n=136, k=400, trailing=0, clear=True, spoil=True, indices
     layout, groups = int32(indices), len(counts)
     a = values(len(indices), k), scales(len(indices), blocks(k))
     if spoil:
-        spoilt(a, (layout < 0) | (layout >= groups))
+        spoilt(a, (layout < 0) | (layout >= groups), code, scale)
     d, memory = result(len(indices), n)
     case = checks.contiguous(a, weights(groups, n, k), d, layout, False, alignment, None, clear)
     return Case(*case, [], memory)
 
 
-def ends(counts, n=136, k=400, trailing=0, clear=True, spoil=True, alignment=128, expected=None):
+def ends(counts, n=136, k=400, trailing=0, clear=True, spoil=True, alignment=128, expected=None, code=0x7F, scale=NAN):
     ranges = running(counts, alignment)
     m = deep_gemm.align(ranges[-1][1], alignment) + trailing
     layout = int32([end for _, end in ranges])
@@ -124,7 +127,7 @@ def ends(counts, n=136, k=400, trailing=0, clear=True, spoil=True, alignment=128
         dead = torch.ones(m, dtype=torch.bool, device="cuda")
         for start, end in ranges:
             dead[start:end] = False
-        spoilt(a, dead)
+        spoilt(a, dead, code, scale)
     d, memory = result(m, n)
     case = checks.contiguous(a, weights(len(counts), n, k), d, layout, True, alignment, expected, clear)
     return Case(*case, ranges, memory)
@@ -244,6 +247,7 @@ def test_every_tile_gives_the_exact_bits(kind):
     if kind == "contiguous":
         indices = [3] * 5 + [2**31 - 1, -(2**31)] + [3] * 121 + [0] * 128 + [4] * 64 + [5] * 64 + [1] * 128 + [2] * 7
         cases += [contiguous([0] * 4, 808, 272, indices=indices, clear=False), contiguous([128] * 6, 520, 144)]
+        cases += [contiguous([64, 1, 64, 200, 63, 64, 5], 264, 272, alignment=64)]  # clusters of 64-row tiles
     elif kind == "ends":
         cases += [ends([1, 100, 128, 3], 808, 272, clear=False), ends([5] * 40, 72, 144, expected=5)]
     elif kind == "masked":
@@ -323,8 +327,11 @@ def test_n_out_of_range_in_the_last_tile(n):
     check_sample(k_grouped([128, 256], 100, n), range(100), last)
 
 
+@pytest.mark.parametrize("num_sms", [None, 5])
 @pytest.mark.parametrize("kind", KINDS)
-def test_thousand_repeats_give_equal_bits(kind):
+def test_thousand_repeats_give_equal_bits(kind, num_sms):
+    """On few SMs every CTA has many tiles."""
+    deep_gemm.set_num_sms(num_sms)
     if kind == "contiguous":
         case = contiguous([1000, 3, 0, 500], 2112, 896)
     elif kind == "ends":
@@ -335,13 +342,11 @@ def test_thousand_repeats_give_equal_bits(kind):
         case = columns(1000, 2112, 896)
     else:
         case = k_grouped([896, 128, 0, 256], 500, 1032, psum=kind == "k_ends")
-    d = case.operands.d
-    call(case)
-    first, differences = d.clone(), torch.zeros((), dtype=torch.int64, device="cuda")
+    d, want, differences = case.operands.d, exact(case), torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(1000):
         d.fill_(NAN)
         call(case)
-        differences += differing(d, first)
+        differences += differing(d, want)
     assert int(differences) == 0
 
 
@@ -403,7 +408,10 @@ def test_zero_tokens_and_wrong_hints(counts):
 @pytest.mark.parametrize("code", [0x7F, 0x7E])
 @pytest.mark.parametrize("scale", [NAN, 1e38, float("inf")])
 def test_garbage_in_dead_rows(code, scale):
-    check(masked([3, 0, 64, 65, 130], 200, code=code, scale=scale))
+    counts = [3, 0, 64, 65, 130]
+    check(masked(counts, 200, code=code, scale=scale))
+    check(contiguous(counts, trailing=70, code=code, scale=scale))
+    check(ends(counts, trailing=70, code=code, scale=scale))
 
 
 def test_offsets_past_2_to_the_31():
@@ -459,6 +467,50 @@ def test_a_producer_right_before_an_early_launch(kind):
                     x.copy_(new)
             call(case)
             assert differing(o.d, want) == 0, early
+    assert untouched(case)
+
+
+# Lets the next kernel start at once, and writes only after a while.
+LATE_COPY = """
+extern "C" __global__ void late_copy(uint4* to, const uint4* from, unsigned int count) {
+    asm volatile("griddepcontrol.launch_dependents;");
+    for (const long long start = clock64(); clock64() - start < 100000;) {}
+    const unsigned int first = blockIdx.x * blockDim.x + threadIdx.x;
+    for (unsigned int i = first; i < count; i += gridDim.x * blockDim.x) to[i] = from[i];
+}
+"""
+
+
+@pytest.mark.parametrize("kind", ["dense", "contiguous", "ends", "masked", "columns"])
+def test_an_early_launch_waits_for_its_producer(kind):
+    """A kernel that lets ours start before it has written a. Nothing else runs in between."""
+    if kind == "dense":
+        d, memory = result(300, 264)
+        described = checks.dense((values(300, 400), scales(300, 4)), (values(264, 400), scales(3, 4)), d)
+        case = Case(*described, [], memory)
+    else:
+        case = typical(kind)
+    aligned = {"a_scales": deep_gemm.get_mn_major_tma_aligned_tensor(case.operands.a_scales)}
+    if kind == "columns":
+        aligned["b_scales"] = deep_gemm.get_mn_major_tma_aligned_tensor(case.operands.b_scales)
+    case = case._replace(operands=case.operands._replace(**aligned))
+    a, want = case.operands.a, exact(case)
+    fresh = a.clone()
+    cuda, kernel = driver.driver(), driver.load(cubin_for(Source("late.cu", LATE_COPY)), "late_copy", "late")
+    function = cuda.CUfunction(int(kernel))
+    values_of = (ctypes.c_uint64(a.data_ptr()), ctypes.c_uint64(fresh.data_ptr()), ctypes.c_uint32(a.numel() // 16))
+    parameters = (ctypes.c_void_p * 3)(*map(ctypes.addressof, values_of))
+    deep_gemm.set_pdl(True)
+    call(case)  # is compiled
+    for _ in range(20):
+        a.view(torch.uint8).fill_(0x7F)
+        case.operands.d.fill_(NAN)
+        torch.cuda.synchronize()
+        stream = torch.cuda.current_stream().cuda_stream
+        sizes = (8, 1, 1, 256, 1, 1, 0)
+        driver.check(cuda.cuLaunchKernel(function, *sizes, stream, ctypes.addressof(parameters), 0), "launching")
+        call(case)
+        assert differing(case.operands.d, want) == 0
     assert untouched(case)
 
 
@@ -529,6 +581,18 @@ if kind == "masked":
     d, layout = torch.zeros(3, 100, 264, dtype=torch.bfloat16, device="cuda"), torch.tensor([100, 3, 64]).int().cuda()
     problem, operands = deep_gemm.problem.masked(a, b, d, layout, 50)
     call = lambda: deep_gemm.m_grouped_fp8_gemm_nt_masked(a, b, d, layout, 50)
+elif kind == "ends":
+    a, b = (values(300, 512), scales(300, 4)), (values(3, 264, 512), scales(3, 3, 4))
+    d, layout = torch.zeros(300, 264, dtype=torch.bfloat16, device="cuda"), torch.tensor([100, 129, 300]).int().cuda()
+    problem, operands = deep_gemm.problem.contiguous(a, b, d, layout, True, 128, 50, True)
+    call = lambda: deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
+        a, b, d, layout, use_psum_layout=True, expected_m_for_psum_layout=50
+    )
+elif kind == "columns":
+    a, b = (values(300, 512), scales(300, 4)), (values(264, 512), scales(264, 4))
+    d = torch.zeros(300, 264, device="cuda")
+    problem, operands = deep_gemm.problem.dense(a, b, d, None, True)
+    call = lambda: deep_gemm.fp8_gemm_nt(a, b, d, recipe=(1, 1, 128))
 elif kind == "contiguous":
     a, b = (values(300, 512), scales(300, 4)), (values(3, 264, 512), scales(3, 3, 4))
     d, layout = torch.zeros(300, 264, dtype=torch.bfloat16, device="cuda"), (torch.arange(300) // 128).int().cuda()
@@ -550,7 +614,7 @@ print("ran")
 """
 
 
-@pytest.mark.parametrize("kind", ["masked", "contiguous", "k_grouped"])
+@pytest.mark.parametrize("kind", ["masked", "ends", "contiguous", "columns", "k_grouped"])
 def test_first_call_inside_a_capture(kind, tmp_path):
     environment = os.environ | {"DG_JIT_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", FIRST_CALL_CAPTURED, kind]
@@ -662,6 +726,7 @@ def test_k_grouped_of_many_groups():
     some = [0, 1, 63, 64, 127, 128, 500, 767]
     check_sample(k_grouped([0, 32, 64, 0, 32] * 25 + [0] * 3, 2048, 768, psum=True), [*some, 2047], [0, 5])
     check_sample(k_grouped([0, 128, 0, 0] * 32, 2048, 768), [*some, 2047], [0, 5])
+    check_sample(k_grouped([128] * 128, 2048, 768), [*some, 2047], [0, 5])
     check_sample(k_grouped([256, 0, 1024, 128], 768, 1536, c=True), some, [0, 11])
 
 

@@ -46,10 +46,12 @@ def test_sizes() -> None:
         assert get_tma_aligned_size(mn, size) == want
 
 
-@pytest.mark.parametrize(("x", "y"), [(-1, 4), (4, 0), (4, -2)])
-def test_sizes_that_make_no_sense(x: int, y: int) -> None:
+@pytest.mark.parametrize(("x", "y"), [(-1, 4), (4, 0), (4, -2), (5.5, 2), ("a", 2), (True, 2)])
+def test_sizes_that_make_no_sense(x: Any, y: Any) -> None:
     for function in (ceil_div, align):
-        with pytest.raises(InvalidInputError, match=rf"got sizes {x} and {y}, expected x >= 0 and y > 0"):
+        with pytest.raises(
+            InvalidInputError, match=rf"got sizes {x!r} and {y!r}, expected whole numbers, x >= 0 and y > 0"
+        ):
             function(x, y)
 
 

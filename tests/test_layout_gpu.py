@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sanitizer
 import torch
 from test_layout import strided
 
@@ -189,3 +190,19 @@ def test_another_device_than_the_current_one() -> None:
     assert torch.cuda.current_device() == 0
     check(x)
     assert torch.cuda.current_device() == 0
+
+
+SANITIZED = """
+import torch, deep_gemm
+for shape in ((1, 1), (300, 57), (4097, 7), (3, 130, 56)):
+    x = torch.rand(shape)
+    for view in (x.cuda(), x.mT.contiguous().cuda().mT):
+        got = deep_gemm.get_mn_major_tma_aligned_tensor(view)
+        assert torch.equal(got.cpu(), x), shape
+print("ran")
+"""
+
+
+@pytest.mark.parametrize("tool", sanitizer.TOOLS)
+def test_compute_sanitizer(tool: str) -> None:
+    sanitizer.check(tool, SANITIZED, "to_mn_major")

@@ -206,9 +206,9 @@ def test_utils_names_what_clients_import() -> None:
     assert all(hasattr(module, name) for module in (utils, utils.math, utils.layout) for name in module.__all__)
 
 
-@pytest.mark.parametrize("x", [torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 1, dtype=torch.float64)])
+@pytest.mark.parametrize("x", [torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 1, dtype=torch.float64), 3.0])
 def test_ceil_to_ue8m0_takes_fp32_alone(x):
-    with pytest.raises(InvalidInputError, match=r"got torch\.\w+, expected torch\.float32"):
+    with pytest.raises(InvalidInputError, match=r"got (torch\.\w+|a float), expected a tensor of torch\.float32"):
         quantize.ceil_to_ue8m0(x)
 
 

@@ -23,7 +23,11 @@ def bench(fn: Callable[[], object], num_warmups: int = 5, num_tests: int = 10, h
     With a GPU, what its current stream does between two events; L2 is emptied before the first call, not between calls.
     high_precision: a large multiplication goes first, so that the GPU does not wait for the CPU to launch.
     Without a GPU, the time that passes.
+
+    Raises: InvalidInputError for a num_tests below 1.
     """
+    if num_tests < 1:
+        raise InvalidInputError(f"num_tests is {num_tests}, expected at least 1: nothing is measured otherwise")
     for _ in range(num_warmups):
         fn()
     if not torch.cuda.is_available():

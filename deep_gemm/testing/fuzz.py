@@ -514,6 +514,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", type=int, help="this one alone")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch sees no CUDA device: pass --device cpu to try the CPU backend")
     if options.device == "cuda" and options.case is None:
         compile_many([tile.source() for columns in (False, True) for tile in heuristics.tiles(columns)])
     start = said = time.monotonic()

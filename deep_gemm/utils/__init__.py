@@ -1,5 +1,19 @@
 """Names that clients import from deep_gemm.utils. No logic."""
 
+from ..config import (
+    get_batch_invariant,
+    get_compile_mode,
+    get_num_sms,
+    get_pdl,
+    get_tc_util,
+    set_batch_invariant,
+    set_block_size_multiple_of,
+    set_compile_mode,
+    set_ignore_compile_dims,
+    set_num_sms,
+    set_pdl,
+    set_tc_util,
+)
 from . import layout, math
 from .layout import (
     get_col_major_tma_aligned_tensor,
@@ -27,12 +41,17 @@ __all__ = [
     "align",
     "ceil_div",
     "ceil_to_ue8m0",
+    "get_batch_invariant",
     "get_col_major_tma_aligned_tensor",
+    "get_compile_mode",
     "get_k_grouped_mn_major_tma_aligned_packed_ue8m0_tensor",
     "get_m_alignment_for_contiguous_layout",
     "get_mk_alignment_for_contiguous_layout",
     "get_mn_major_tma_aligned_packed_ue8m0_tensor",
     "get_mn_major_tma_aligned_tensor",
+    "get_num_sms",
+    "get_pdl",
+    "get_tc_util",
     "get_theoretical_mk_alignment_for_contiguous_layout",
     "get_tma_aligned_size",
     "layout",
@@ -41,6 +60,13 @@ __all__ = [
     "per_block_cast_to_fp8",
     "per_channel_cast_to_fp8",
     "per_token_cast_to_fp8",
+    "set_batch_invariant",
+    "set_block_size_multiple_of",
+    "set_compile_mode",
+    "set_ignore_compile_dims",
     "set_mk_alignment_for_contiguous_layout",
+    "set_num_sms",
+    "set_pdl",
+    "set_tc_util",
     "transform_sf_into_required_layout",
 ]
