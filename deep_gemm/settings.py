@@ -94,7 +94,7 @@ _TABLE = {
             _flag,
             "0",
             "say on stderr what is compiled, how long it takes, hits and misses; limit the time kernels wait; "
-            "print rows of grouped layouts that cannot be meant so",
+            "print rows of grouped layouts that cannot be meant so (the GPU does, on stdout)",
         ),
         Setting("DG_PRINT_CONFIGS", (), _flag, "0", "print the plan chosen for each new problem"),
         Setting("DG_JIT_USE_NVRTC", (), _flag, "1", "compile with NVRTC; 0: with nvcc from PATH or CUDA_HOME"),
