@@ -20,12 +20,12 @@ DEVICE void claim(Scheduler& scheduler, SharedStorage& smem, uint32_t phase) {
     if (CLUSTER > 1 && cluster_rank() == 1) {
         if (elect_one()) barrier_expect_bytes(shared_address(&smem.claim), 4);
         wait<true>(smem.claim, phase);
-        scheduler.number = smem.claimed;
+        scheduler.number = smem.next_number;
     } else {
         wait(smem.claim, phase);
         scheduler.claim();
         if (CLUSTER > 1 && elect_one())
-            store_remote(cluster_address(shared_address(&smem.claimed), 1), scheduler.number,
+            store_remote(cluster_address(shared_address(&smem.next_number), 1), scheduler.number,
                          cluster_address(shared_address(&smem.claim), 1));
     }
 }

@@ -26,7 +26,7 @@ struct SharedStorage {
     uint64_t tile_full[TILES], tile_empty[TILES];   // the same of tiles: it is known / done
     uint64_t d_full, d_empty;                       // the same of d: the tile is complete / on its way
     uint64_t claim;                                 // the producers are almost through their tiles; in a second CTA: has come
-    uint32_t claimed;                               // the next tile's number, from the first CTA of the cluster
+    uint32_t next_number;                           // the next tile's number, from the first CTA of the cluster
 };
 constexpr int BARRIERS = (STAGES + TILES + 1) * 2 + 1;  // from `full` to `claim`, in the order that `arrivals` knows
 static_assert(sizeof(SharedStorage) == SMEM_BYTES, "the host planned another amount of shared memory");

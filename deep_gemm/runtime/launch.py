@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import warnings
 from typing import Any
 
 import torch
@@ -223,16 +224,17 @@ class _Counters:
     """
 
     def __init__(self) -> None:
+        self._stream_id = driver().cuStreamGetId
         self._lock = threading.Lock()
-        self._taken = 0
+        self._taken, self._warned = 0, False
         self._of_stream: dict[int, int] = {}
 
     def take(self, stream: int) -> int:
-        """The counter's number, 0 if none is left: then each CTA's tiles are fixed beforehand."""
+        """The counter's number, 0 if none is left: then each CTA's tiles are fixed beforehand, which is slower."""
         if torch.cuda.is_current_stream_capturing():
             return self._another()
         # Unlike its handle, a stream's id is never that of another one, before or after.
-        unique = int(check(driver().cuStreamGetId(stream), "reading a stream's id"))
+        unique = int(check(self._stream_id(stream), "reading a stream's id"))
         number = self._of_stream.get(unique, 0)
         if not number and (number := self._another()):
             number = self._of_stream.setdefault(unique, number)
@@ -240,8 +242,18 @@ class _Counters:
 
     def _another(self) -> int:
         with self._lock:
-            self._taken += self._taken < COUNTERS
-            return self._taken if self._taken < COUNTERS else 0
+            if self._taken < COUNTERS - 1:
+                self._taken += 1
+                return self._taken
+            warned, self._warned = self._warned, True
+        if not warned:
+            warnings.warn(
+                f"{COUNTERS - 1} streams and captured launches have a counter of tiles: others balance uneven groups "
+                "less well; capture fewer graphs anew in one process",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return 0
 
 
 _counters: dict[tuple[Tile, int], _Counters] = {}
