@@ -217,15 +217,8 @@ def _compiled_step(o: Operands, backend: str) -> tuple[Callable[..., torch.Tenso
     return function, arguments
 
 
-def graphed(make: Callable[[], Operands], backend: str | None) -> None:
+def replayed(o: Operands, step: Callable[[], object]) -> None:
     """Captured once, replayed with other values, scales, expert ids and counts in the same memory."""
-    o = make()
-    if backend is None:
-        op, arguments = vllm_call(o)
-        step = partial(op, *arguments)
-    else:
-        function, arguments = _compiled_step(o, backend)
-        step = partial(function, o.out, *arguments)
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -234,6 +227,18 @@ def graphed(make: Callable[[], Operands], backend: str | None) -> None:
         o.refill(seed)
         graph.replay()
         o.check()
+
+
+def graphed(make: Callable[[], Operands], backend: str | None) -> None:
+    """In a CUDA graph, as it is or inside torch.compile."""
+    o = make()
+    if backend is None:
+        op, arguments = vllm_call(o)
+        step = partial(op, *arguments)
+    else:
+        function, arguments = _compiled_step(o, backend)
+        step = partial(function, o.out, *arguments)
+    replayed(o, step)
 
 
 def first_names(device: str) -> None:
@@ -297,17 +302,10 @@ def sglang(kind: str, device: str) -> None:
 
 
 def sglang_graphed(kind: str, device: str) -> None:
-    """Every call captured once, replayed with other contents of the same memory."""
+    """Every call in a CUDA graph."""
     o = Operands(kind, device)
     for call in sglang_calls(o):
-        call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        for seed in range(4):
-            o.refill(seed)
-            graph.replay()
-            o.check()
+        replayed(o, call)
 
 
 @contextmanager
