@@ -180,3 +180,5 @@ def _check_scales(x: torch.Tensor) -> None:
         )
     if x.layout != torch.strided:
         raise InvalidInputError(f"got scales of layout {x.layout}, expected torch.strided: call .to_dense()")
+    if x.is_neg():
+        raise InvalidInputError("got a view that negates its memory, expected the scales: call .resolve_neg()")

@@ -226,6 +226,7 @@ def k_grouped(
         raise InvalidInputError("ks_cpu and grouped_layout are None, expected at least one: the K of every group")
     if ks is not None:
         _check_ks(ks, groups)
+        ks = [int(k) for k in ks]  # NumPy's would overflow in a sum
     if ends and alignment % 128:
         raise InvalidInputError(
             f"the alignment is {alignment}, expected a multiple of 128 along K: "
@@ -386,6 +387,8 @@ def _tensor(name: str, x: object, dtype: torch.dtype, dims: int, remedy: str, ex
         raise InvalidInputError(f"{name} has dtype {x.dtype}, expected {dtype}: {remedy}")
     if x.layout != torch.strided:
         raise InvalidInputError(f"{name} has layout {x.layout}, expected torch.strided: call .to_dense()")
+    if x.is_neg():
+        raise InvalidInputError(f"{name} is a view that negates its memory, expected the values: call .resolve_neg()")
     if x.dim() != dims:
         raise InvalidInputError(f"{name} has {x.dim()} dimensions, {expected}")
 
@@ -420,6 +423,8 @@ def _addend(c: torch.Tensor | None, d: torch.Tensor) -> None:
         raise InvalidInputError(
             f"c is {got}, expected {d.dtype} of shape {_shape(d)}, or None: pass d itself to add to it"
         )
+    if c.is_neg():
+        raise InvalidInputError("c is a view that negates its memory, expected the values: call .resolve_neg()")
 
 
 def _scales(name: str, scales: torch.Tensor, values: torch.Tensor, want: tuple[int, ...], cast: str) -> None:
@@ -479,4 +484,9 @@ def _on_one_device(o: Operands) -> Operands:
         raise InvalidInputError(
             f"the operands are on {device}, expected a CUDA or the CPU device: move them with .to()"
         )
+    for name, x in zip(o._fields, o, strict=True):
+        if isinstance(x, torch.Tensor) and x.numel() and not x.data_ptr() and not x.untyped_storage().nbytes():
+            raise InvalidInputError(
+                f"{name} of shape {_shape(x)} has no memory, expected a tensor that holds values: its storage was freed"
+            )
     return o

@@ -548,3 +548,41 @@ def test_whole_numbers_of_numpy_are_whole():
     gemm(**operands() | {"expected_m": np.int64(3)})
     gemm, operands = GOOD["k_grouped"]
     gemm(**operands() | {"ks_cpu": [np.int32(k) for k in KS]})
+
+
+def negated(x):
+    """The same values, of a view that negates what lies in memory."""
+    return torch.complex(torch.zeros_like(x), -x).conj().imag
+
+
+def test_views_that_negate_are_rejected():
+    a, b = ((torch.ones(rows, 256).to(E4M3), torch.ones(scales, 2)) for rows, scales in ((24, 24), (16, 1)))
+    d = torch.zeros(24, 16, dtype=torch.bfloat16)
+    with pytest.raises(InvalidInputError, match=r"a scales is a view that negates its memory.*call \.resolve_neg\(\)"):
+        deep_gemm.fp8_gemm_nt((a[0], negated(a[1])), b, d)
+    with pytest.raises(InvalidInputError, match="c is a view that negates"):
+        full = torch.zeros(24, 16)
+        deep_gemm.fp8_gemm_nt(a, (b[0], torch.ones(16, 2)), full, negated(torch.ones(24, 16)), recipe=(1, 1, 128))
+    with pytest.raises(InvalidInputError, match="got a view that negates"):
+        deep_gemm.get_mn_major_tma_aligned_tensor(negated(a[1]))
+    deep_gemm.fp8_gemm_nt((a[0], negated(a[1]).resolve_neg()), b, d)
+    assert (d == 256).all()
+
+
+@pytest.mark.parametrize("name", ["a", "a_scales", "b", "b_scales", "d"])
+def test_freed_storage_is_rejected(name):
+    x = {
+        "a": torch.ones(24, 256).to(E4M3), "a_scales": torch.ones(24, 2),
+        "b": torch.ones(16, 256).to(E4M3), "b_scales": torch.ones(1, 2), "d": torch.zeros(24, 16, dtype=torch.bfloat16),
+    }  # fmt: skip
+    x[name].untyped_storage().resize_(0)
+    shape = re.escape(str(tuple(x[name].shape)))
+    with pytest.raises(InvalidInputError, match=f"^{name} of shape {shape} has no memory"):
+        deep_gemm.fp8_gemm_nt((x["a"], x["a_scales"]), (x["b"], x["b_scales"]), x["d"])
+
+
+def test_small_numbers_of_numpy_add_up():
+    a, b = ((torch.ones(rows * 256).to(E4M3), torch.ones(rows, 2)) for rows in (16, 24))
+    d = torch.zeros(2, 16, 24)
+    deep_gemm.k_grouped_fp8_gemm_nt_contiguous(a, b, d, [np.uint8(128)] * 2, None)
+    assert (d == 128).all()

@@ -16,8 +16,10 @@ def calc_diff(x: torch.Tensor, y: torch.Tensor) -> float:
     """1 - 2 * sum(x * y) / sum(x * x + y * y) in float64: 0 for equal tensors, NaN where either holds one.
 
     A figure to print, never a check: it passes 1e-3 with a whole 128x128 tile of a 4096x2112 result gone.
-    Raises: InvalidInputError for tensors of different shapes.
+    Raises: InvalidInputError for tensors of different shapes, and what is no tensor.
     """
+    if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)):
+        raise InvalidInputError(f"x is a {type(x).__name__}, y a {type(y).__name__}, expected tensors: pass both")
     if x.shape != y.shape:
         raise InvalidInputError(
             f"x and y have shapes {tuple(x.shape)} and {tuple(y.shape)}, expected the same: compare like with like"
