@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     folder = config.getoption("--results")
-    if folder is None or _why_no_gpu():
+    if folder is None or hasattr(config, "workerinput") or _why_no_gpu():  # xdist's processes know of their own tests
         return
     from bench.run import commit, machine, slug, versions
 
