@@ -30,7 +30,7 @@ def _why_no_gpu() -> str | None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, metavar="FOLDER", help="keep the outcome of a run on a GPU there")
-    parser.addoption("--fuzz-minutes", type=float, metavar="M", help="fuzz for so long with each seed, not 100 cases")
+    parser.addoption("--fuzz-minutes", type=float, metavar="M", help="fuzz for so long with each seed, not 40 cases")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
