@@ -29,6 +29,7 @@ ROWS, BLOCKS = 300, 7  # of a dense a; of 128 rows, in a contiguous one
 FILL = float("nan")  # of what nobody has written
 LARGEST_M = 16384  # of SGLang's sweep
 MISS_US = 1000  # a call that compiles nothing may take so long, in the median
+OpCall = tuple[Callable[..., None], tuple[Any, ...]]  # an op, and what it is given
 
 
 class Skipped(Exception):
@@ -168,8 +169,7 @@ def masked_op(
     vllm().masked((a, a_scales), (w, w_scales), out, expert_num_tokens, expected_m, disable_ue8m0_cast=not cast)
 
 
-def vllm_call(o: Operands, cast: bool = False) -> tuple[Callable[..., None], tuple[Any, ...]]:
-    """The op for a kind, and what it is given."""
+def vllm_call(o: Operands, cast: bool = False) -> OpCall:
     operands = (*o.lhs, *o.rhs, o.out)
     if o.kind == "dense":
         return torch.ops.clients.dense, (*operands, cast)
@@ -187,10 +187,10 @@ def eager(make: Callable[[], Operands]) -> None:
         o.check()
 
 
-def compiled(make: Callable[[], Operands], backend: str) -> None:
+def compiled(make: Callable[[], Operands], backend: str, to_call: Callable[[Operands], OpCall] = vllm_call) -> None:
     """Something follows in the same graph that reads out; new contents do not compile anew."""
     o = make()
-    step, arguments = _compiled_step(o, backend)
+    step, arguments = _compiled_step(o, backend, to_call)
     for seed in (0, 1):
         o.refill(seed)
         result = step(o.out, *arguments)
@@ -199,8 +199,10 @@ def compiled(make: Callable[[], Operands], backend: str) -> None:
         check(same, "what follows in the graph did not see the result")
 
 
-def _compiled_step(o: Operands, backend: str) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
-    op, arguments = vllm_call(o)
+def _compiled_step(
+    o: Operands, backend: str, to_call: Callable[[Operands], OpCall]
+) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
+    op, arguments = to_call(o)
 
     def step(out: torch.Tensor, *arguments: Any) -> torch.Tensor:
         op(*arguments)
@@ -236,7 +238,7 @@ def graphed(make: Callable[[], Operands], backend: str | None) -> None:
         op, arguments = vllm_call(o)
         step = partial(op, *arguments)
     else:
-        function, arguments = _compiled_step(o, backend)
+        function, arguments = _compiled_step(o, backend, vllm_call)
         step = partial(function, o.out, *arguments)
     replayed(o, step)
 
@@ -274,7 +276,7 @@ def helpers(device: str) -> str:
 # SGLang: arguments by position and by keyword, fewer SMs for a while, a sweep that compiles and launches nothing
 
 
-def sglang_calls(o: Operands) -> Iterator[Callable[[], None]]:
+def sglang_calls(o: Operands | SimpleNamespace) -> Iterator[Callable[[], None]]:
     import deep_gemm
 
     if o.kind == "dense":
@@ -306,6 +308,27 @@ def sglang_graphed(kind: str, device: str) -> None:
     o = Operands(kind, device)
     for call in sglang_calls(o):
         replayed(o, call)
+
+
+@library.custom_op("clients::sglang", mutates_args=("out",))
+def sglang_op(
+    kind: str,
+    a: torch.Tensor,
+    a_scales: torch.Tensor,
+    w: torch.Tensor,
+    w_scales: torch.Tensor,
+    out: torch.Tensor,
+    layout: torch.Tensor,
+    expected_m: int,
+) -> None:
+    o = SimpleNamespace(kind=kind, lhs=(a, a_scales), rhs=(w, w_scales), out=out, layout=layout, expected_m=expected_m)
+    for call in sglang_calls(o):
+        out.fill_(FILL)
+        call()
+
+
+def sglang_call(o: Operands) -> OpCall:
+    return torch.ops.clients.sglang, (o.kind, *o.lhs, *o.rhs, o.out, o.layout, o.expected_m)
 
 
 @contextmanager
@@ -399,10 +422,11 @@ def paths(device: str) -> dict[str, Callable[[], str | None]]:
         "masked": partial(Operands, "masked", device, scales="batched"),
         "masked, 101 rows": partial(Operands, "masked", device, max_m=101, scales="batched"),
     }
+    backends = ("aot_eager", "inductor") if device == "cuda" else ("aot_eager",)
     found: dict[str, Callable[[], str | None]] = {}
     for name, make in cases.items():
         found[f"vLLM: {name}, eager"] = partial(eager, make)
-        for backend in ("aot_eager", "inductor") if device == "cuda" else ("aot_eager",):
+        for backend in backends:
             found[f"vLLM: {name}, torch.compile {backend}"] = partial(compiled, make, backend)
         if device == "cuda":
             for backend in (None, "aot_eager"):
@@ -412,6 +436,9 @@ def paths(device: str) -> dict[str, Callable[[], str | None]]:
     found["vLLM: helpers"] = partial(helpers, device)
     for kind in ("dense", "contiguous", "masked"):
         found[f"SGLang: {kind}"] = partial(sglang, kind, device)
+        for backend in backends:
+            make = partial(Operands, kind, device)
+            found[f"SGLang: {kind}, torch.compile {backend}"] = partial(compiled, make, backend, sglang_call)
         found[f"SGLang: {kind}, compile mode"] = partial(sweep, kind, device)
         if device == "cuda":
             found[f"SGLang: {kind}, CUDA graph"] = partial(sglang_graphed, kind, device)
