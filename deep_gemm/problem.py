@@ -123,11 +123,7 @@ def dense(
             f"b has shape {_shape(b_values)}, expected (N, {k}) for a of shape {_shape(a_values)}: "
             "K must agree, and both are K-major"
         )
-    if d.shape != (m, n):
-        raise InvalidInputError(
-            f"d has shape {_shape(d)}, expected ({m}, {n}), M of a and N of b: "
-            f"allocate it with torch.empty(({m}, {n}), dtype={d.dtype})"
-        )
+    _fits(d, m, n)
     check_shape(m, n, k)
     problem = Problem(m, n, k, column_scales=column_scales)
     _scales("a", a_scales, a_values, (m, problem.k_blocks), TOKEN)
@@ -155,11 +151,7 @@ def contiguous(
     (m, k), (groups, n, _) = a_values.shape, b_values.shape
     _result("d", d, torch.bfloat16, (m, n), "expected 2 ([M, N]): the rows of all groups, one behind the other")
     _same_k(a_values, b_values)
-    if d.shape != (m, n):
-        raise InvalidInputError(
-            f"d has shape {_shape(d)}, expected ({m}, {n}), M of a and N of b: "
-            f"allocate it with torch.empty(({m}, {n}), dtype={d.dtype})"
-        )
+    _fits(d, m, n)
     _indices(
         "grouped_layout", layout, groups if ends else m, "the end of every group" if ends else "the group of every row"
     )
@@ -396,6 +388,14 @@ def _tensor(name: str, x: object, dtype: torch.dtype, dims: int, remedy: str, ex
 def _result(name: str, d: object, dtype: torch.dtype, shape: tuple[object, ...], expected: str) -> None:
     wanted = f"({', '.join(map(str, shape))})"
     _tensor(name, d, dtype, len(shape), f"allocate it with torch.empty({wanted}, dtype={dtype})", expected)
+
+
+def _fits(d: torch.Tensor, m: int, n: int) -> None:
+    if d.shape != (m, n):
+        raise InvalidInputError(
+            f"d has shape {_shape(d)}, expected ({m}, {n}), M of a and N of b: "
+            f"allocate it with torch.empty(({m}, {n}), dtype={d.dtype})"
+        )
 
 
 def _same_k(a: torch.Tensor, b: torch.Tensor) -> None:
