@@ -91,8 +91,8 @@ def transform_sf_into_required_layout(
         )
     _check_scales(sf)
     for name, size in (("mn", mn), ("k", k), ("num_groups", 0 if num_groups is None else num_groups)):
-        if not isinstance(size, int) or size < 0:
-            got = size if isinstance(size, int) else f"a {type(size).__name__}"
+        if not is_whole(size) or size < 0:
+            got = size if is_whole(size) else f"a {type(size).__name__}"
             raise InvalidInputError(f"{name} is {got}, expected a size: pass that of the values that sf belongs to")
     granularity = _granularity(recipe, is_sfa)
     leading = () if num_groups is None else (num_groups,)
@@ -108,7 +108,7 @@ def transform_sf_into_required_layout(
 def _granularity(recipe: Sequence[int], is_sfa: bool | None) -> tuple[int, int]:
     """What a recipe says of one operand: elements that share a scale along mn and along k."""
     got = tuple(recipe) if isinstance(recipe, Sequence) else recipe
-    if not isinstance(got, tuple) or len(got) not in (2, 3) or not all(isinstance(x, int) for x in got):
+    if not isinstance(got, tuple) or len(got) not in (2, 3) or not all(map(is_whole, got)):
         raise InvalidInputError(
             f"recipe is {got}, expected (gran_mn, gran_k) or (gran_m, gran_n, gran_k): pass (1, 128) or (128, 128)"
         )
@@ -147,13 +147,12 @@ def set_mk_alignment_for_contiguous_layout(alignment: int) -> None:
     Raises: InvalidInputError unless it is a multiple of 64 from 64 to 65536.
     """
     global _mk_alignment
-    whole = isinstance(alignment, int) and not isinstance(alignment, bool)
-    if not (whole and alignment % _MIN_ALIGNMENT == 0 and 0 < alignment <= _MAX_ALIGNMENT):
+    if not (is_whole(alignment) and alignment % _MIN_ALIGNMENT == 0 and 0 < alignment <= _MAX_ALIGNMENT):
         raise InvalidInputError(
             f"alignment is {alignment!r}, expected a multiple of {_MIN_ALIGNMENT} from {_MIN_ALIGNMENT} to "
             f"{_MAX_ALIGNMENT}: pass what get_theoretical_mk_alignment_for_contiguous_layout() gives"
         )
-    _mk_alignment = alignment
+    _mk_alignment = int(alignment)
 
 
 def get_mk_alignment_for_contiguous_layout() -> int:

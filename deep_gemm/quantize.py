@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from .errors import InvalidInputError
-from .layout import ceil_div
+from .layout import ceil_div, is_whole
 
 E4M3_MAX = 448.0
 SMALLEST_AMAX = 1e-4  # DeepSeek's: a group of zeros gets a scale to divide by
@@ -121,7 +121,7 @@ def _cast(x: torch.Tensor, rows: int, columns: int, use_ue8m0: bool) -> tuple[to
 
 def _check_groups(*sizes: int) -> None:
     for size in sizes:
-        if not isinstance(size, int) or size < 1:
+        if not is_whole(size) or size < 1:
             raise InvalidInputError(f"gran_k is {size!r}, expected a positive whole number: 128 is what the GEMMs take")
 
 

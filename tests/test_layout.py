@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -240,6 +241,16 @@ def test_alignments_that_fit_no_tile(alignment: Any) -> None:
     with pytest.raises(InvalidInputError, match=f"^{re.escape(message)}$"):
         layout.set_mk_alignment_for_contiguous_layout(alignment)
     assert layout.get_mk_alignment_for_contiguous_layout() == 128
+
+
+@pytest.mark.usefixtures("alignment_restored")
+def test_whole_numbers_of_numpy() -> None:
+    whole: Any = np.int64
+    layout.set_mk_alignment_for_contiguous_layout(whole(192))
+    assert type(layout.get_mk_alignment_for_contiguous_layout()) is int
+    x = torch.rand(2, 300, 3)
+    got = layout.transform_sf_into_required_layout(x, whole(300), whole(384), (whole(1), whole(128)), whole(2))
+    assert torch.equal(got, x)
 
 
 def test_the_alignment_worth_having() -> None:

@@ -212,7 +212,7 @@ def test_ceil_to_ue8m0_takes_fp32_alone(x):
         quantize.ceil_to_ue8m0(x)
 
 
-@pytest.mark.parametrize("gran_k", [0, -1, 1.5, None])
+@pytest.mark.parametrize("gran_k", [0, -1, 1.5, None, True])
 def test_group_sizes_are_checked(gran_k):
     x = torch.ones(8, 128)
     values, scales = quantize.per_token_cast_to_fp8(x)
