@@ -226,10 +226,12 @@ def make_tile(block_m: int, block_n: int, cluster_m: int = 1, cluster_n: int = 1
 
     if banks == 1:
         unroll = 1
-    elif chunk_n == block_n and block_n != 112:  # whose chunks leave too few registers
+    elif block_n == 112:  # whose chunks leave too few registers
+        unroll = 4
+    elif chunk_n == block_n:
         unroll = 8
     else:
-        unroll = 4 if chunk_n <= 80 or chunk_n == 112 else 2
+        unroll = 2 if chunk_n > 80 else 4 if cluster_m * cluster_n == 2 else 8  # in clusters 8 is no faster than 4
 
     def tile(stages: int) -> Tile:
         return Tile(block_m, block_n, chunk_n, banks, unroll, stages, cluster_m, cluster_n, column_scales)

@@ -118,7 +118,7 @@ _TABLE = {
             (),
             _flag,
             "0",
-            "leave the FFMAs of the promotion as compilers before 12.9 make them; later ones interleave them",
+            "leave the FFMAs of the promotion as the compiler makes them",
         ),
         Setting("DG_PRINT_REG_REUSE", (), _flag, "0", "print the yield and reuse bits of FFMAs of every compilation"),
         Setting(

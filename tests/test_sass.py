@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import groupby
 
 import pytest
 from probe import LOCAL_MEMORY, PROBE, SERIALISED, SETMAXNREG_IGNORED
@@ -85,12 +86,13 @@ def test_nvdisasm_counts_the_same(source: Source):
     assert info.setmaxnreg == names["USETMAXREG"]
 
 
-# Promotions, interleaved by the compiler at hand (12.9 or newer) and, with its work undone, by us
+# Promotions of three warpgroups, interleaved by the compiler at hand (12.9 or newer) and, with its work undone, by us;
+# and of two
 
 PROMOTION = Source(
     "probe.cu",
     """#include "ptx/wgmma.cuh"
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(512, 1)
 probe(float* out, unsigned long long a, unsigned long long b, int turns) {
     float partial[4][4] = {}, sum[4][4] = {};
 #pragma unroll 1
@@ -102,11 +104,12 @@ probe(float* out, unsigned long long a, unsigned long long b, int turns) {
         wait();
         for (int i = 0; i < 16; ++i) sum[i / 4][i % 4] = __fmaf_rn(partial[i / 4][i % 4], scale, sum[i / 4][i % 4]);
     }
-    for (int i = 0; i < 16; ++i) out[threadIdx.x + i * 384] = sum[i / 4][i % 4];
+    for (int i = 0; i < 16; ++i) out[threadIdx.x + i * 512] = sum[i / 4][i % 4];
 }
 """,
     PROBE.headers,
 )
+OF_TWO = Source(PROMOTION.name, PROMOTION.text.replace("512", "384"), PROMOTION.headers)
 YIELD, REUSE_B = 109, 123  # bits of an instruction; the first is 0 to yield
 
 
@@ -146,7 +149,24 @@ def test_interleaving():
     assert before[: text.start] == after[: text.start] and before[text.stop :] == after[text.stop :]
 
 
-@pytest.mark.parametrize("change", [("384", "256"), ("wgmma(partial[i], a + i, b)", "partial[i][i] += a")], ids=str)
+def test_keeping_scales():
+    """With two warpgroups one FFMA of eight in a run yields; the others stay, and keep an operand that the next has."""
+    for image in (obtain(OF_TWO).image, with_constant_ffmas(obtain(OF_TWO).image)):
+        after = sass.interleave(image)
+        assert sass.interleave(after) == after
+        words = sass._words(after[sass._kernels(after)["probe"]])
+        runs = [list(run) for of_ffmas, run in groupby(words, lambda word: word & 0x1FF == 0x023) if of_ffmas]
+        assert sum(map(len, runs)) == 16 and len(runs) < 4
+        for run in runs:
+            scales = [word >> 32 & 0xFF for word in run] + [-1]
+            for i, word in enumerate(run):
+                stays = i % 8 != 7
+                assert word >> YIELD & 1 == stays
+                assert word >> 122 & 0xF == (2 if stays and scales[i] == scales[i + 1] else 0)
+        assert {bits & ~(1 << YIELD | 0xF << 122) for _, bits in differences(image, after)} <= {0}
+
+
+@pytest.mark.parametrize("change", [("512", "256"), ("wgmma(partial[i], a + i, b)", "partial[i][i] += a")], ids=str)
 def test_there_is_nothing_to_interleave(change: tuple[str, str]):
     """No second warpgroup that promotes; no wgmmas."""
     source = Source(PROMOTION.name, PROMOTION.text.replace(*change), PROMOTION.headers)

@@ -144,10 +144,12 @@ DEVICE void promote(float (&result)[BLOCK_N / 2], float (&partial)[CHUNK_N / 2],
         }
         const float s[2] = {__fmul_rn(scales.a[0], b), __fmul_rn(scales.a[1], b)};
 #pragma unroll
-        for (int j = 0; j < SCALE_N / 2; ++j) {
-            float& r = result[column / 2 + j];
-            r = __fmaf_rn(s[j / 2 % 2], partial[i / 2 + j], r);
-        }
+        for (int half = 0; half < 2; ++half)  // one row after the other, so that s stays at the operand's port (runtime/sass.py)
+#pragma unroll
+            for (int j = half * 2; j < SCALE_N / 2; j += j % 2 == 0 ? 1 : 3) {
+                float& r = result[column / 2 + j];
+                r = __fmaf_rn(s[half], partial[i / 2 + j], r);
+            }
     }
 }
 
@@ -252,18 +254,21 @@ public:
         }
     }
 
-    // Converts tile number `count` to BF16, once the one before is on its way, and hands it over to the storing warp.
-    DEVICE void store(const float (&result)[BLOCK_N / 2], uint32_t count) {
+    // Converts tile number `count` to BF16, once the one before is on its way, and hands it over to the storing warp. Leaves zeros
+    // for the next one: between conversions they take no time, and 250 clk on their own.
+    DEVICE void store(float (&result)[BLOCK_N / 2], uint32_t count) {
         const uint32_t lane = lane_index();         // anew, for the main loop has no register for these addresses
         // stmatrix: lanes 0-7, 8-15, 16-23, 24-31 address the rows of (top, left), (bottom, left), (top, right), (bottom, right)
         const uint32_t matrix_row = warp * 16 + lane % 16, swizzle = (matrix_row * STORE_N * 2 / 128) % (STORE_N / 8);
         wait(smem.d_empty, count % 2);
 #pragma unroll
         for (int column = 0; column < BLOCK_N; column += 16) {
-            const float* r = &result[column / 2];
+            float* r = &result[column / 2];
             const uint32_t unit = (column % STORE_N / 8 + lane / 16) ^ swizzle;  // of 16 bytes, within the row
             store_matrix_x4(shared_address(smem.d[column / STORE_N]) + matrix_row * (STORE_N * 2) + unit * 16,
                             to_bf16x2(r[0], r[1]), to_bf16x2(r[2], r[3]), to_bf16x2(r[4], r[5]), to_bf16x2(r[6], r[7]));
+#pragma unroll
+            for (int j = 0; j < 8; ++j) r[j] = zero();
         }
         store_fence();
         __syncwarp();
@@ -271,7 +276,7 @@ public:
     }
 
     // Adds the tile to c, in FP32, and writes it to d.
-    DEVICE void store_sum(const Problem& problem, const float (&result)[BLOCK_N / 2], uint32_t m, uint32_t end, uint32_t n, uint32_t batch) const {
+    DEVICE void store_sum(const Problem& problem, float (&result)[BLOCK_N / 2], uint32_t m, uint32_t end, uint32_t n, uint32_t batch) const {
 #pragma unroll
         for (int j = 0; j < BLOCK_N / 4; ++j) {
             const uint32_t r = m + row + j % 2 * 8, column = n + j / 2 * 8 + lane % 4 * 2;
@@ -284,11 +289,14 @@ public:
             }
             *reinterpret_cast<float2*>(static_cast<float*>(problem.d) + offset) = sum;
         }
+#pragma unroll
+        for (float& r : result) r = 0;
     }
 };
 
 DEVICE void consume(const Args& args, SharedStorage& smem) {
     Consumer consumer(smem);
+    float result[BLOCK_N / 2] = {};
     for (Tiles tiles(smem);;) {
         const Tile& tile = tiles.get();
         if (uniform(tile.rows) == Tile::NONE) break;
@@ -297,7 +305,6 @@ DEVICE void consume(const Args& args, SharedStorage& smem) {
         uint32_t blocks = has_rows ? tile.k_blocks : 0, skipped = has_rows ? 0 : tile.k_blocks;
         tiles.release();
         const int boundary = 128 - n % 128;
-        float result[BLOCK_N / 2] = {};
         // Loops that end by a vote are uniform to ptxas. By a number read from memory they are not, and then it computes stages,
         // phases and descriptors in every thread, and moves them to uniform registers before each wgmma (docs/facts.md).
         for (; any(blocks >= UNROLL); blocks -= UNROLL) consumer.accumulate<UNROLL>(result, boundary);

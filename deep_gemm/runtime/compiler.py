@@ -31,7 +31,6 @@ from . import sass, tools
 from .cache import Cache
 
 _ARCH = "90a"
-_INTERLEAVES = (12, 9)  # the first CUDA whose ptxas interleaves FFMAs
 _SLOW = re.compile(r"Potential Performance Loss|wait\S* is injected")  # numbers and details vary (docs/facts.md)
 
 _memory: dict[str, dict[str, bytes]] = {}  # key -> the files of a cache entry
@@ -149,8 +148,7 @@ class _Job:
         self.options = ("-std=c++17", "--ptxas-options=-v", "--ptxas-options=--warn-on-spills")
         if settings.get("DG_JIT_WITH_LINEINFO"):
             self.options += ("-lineinfo",)
-        version = tuple(map(int, re.findall(r"\d+", self.compiler)[:2]))
-        self.interleave = version < _INTERLEAVES and not settings.get("DG_DISABLE_FFMA_INTERLEAVE")
+        self.interleave = not settings.get("DG_DISABLE_FFMA_INTERLEAVE")
         parts = (source.name, source.text, source.headers, self.options, self.compiler, _ARCH)
         parts += ("interleaved",) * self.interleave
         self.key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()

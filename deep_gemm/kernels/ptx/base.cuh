@@ -37,6 +37,13 @@ DEVICE uint32_t lane_index() {
     return lane;
 }
 
+// mov.f32: a zero that is put into its register here, not where the compiler would rather have it
+DEVICE float zero() {
+    float value;
+    asm volatile("mov.f32 %0, 0f00000000;" : "=f"(value)::"memory");
+    return value;
+}
+
 // mov.u32 %cluster_ctarank
 DEVICE uint32_t cluster_rank() {
     uint32_t rank;
