@@ -19,27 +19,27 @@ from .plan import BLOCK_K, Cost, Plan, Tile, make_tile
 from .problem import Kind, Problem
 from .runtime.device import Device
 
-START_US = 2.77  # from one launch to the next
-CLUSTER_START_US = 1.02  # more, if CTAs have to start in pairs
-TENSOR_GHZ = 1.8  # the tensor cores' clock where nothing else limits them
-CLUSTER_DRAG = 1.055  # more time where every stage waits for both CTAs of a cluster
-ONE_BANK = 1.23  # more time where one or two warpgroups have to wait for each other's promotion
-STRADDLE_NS = 3.25  # for a warpgroup to choose the scale of b, for every run of columns that is sure to share one
-SM_BYTES_PER_NS = 115  # what the copy engine brings into one SM
-L2_BYTES_PER_NS = 15_800  # what L2 delivers to all of them
-BLOCK_NS = 98  # a K block takes, however small, and
-WARPGROUP_NS = 18  # for every further warpgroup
-TILE_NS = 436  # from one tile to the next, and
-CONVERT_BYTES_PER_NS = 46  # for a warpgroup to hand over its part of the result
-STORE_BYTES_PER_NS = 60  # of the last result, which nothing is left to hide
-HALVED = 0.83  # of a turn of tiles, if it is halves of tiles
-UNEVEN = 0.75  # of a turn that the busiest CTA has more than the mean, where tiles are claimed one by one
-FLOP_PER_US = 1.438e9  # what power allows if nothing is loaded, and
-BYTES_PER_US = 1.376e8  # if nothing is multiplied
-MEMORY_EFFICIENCY = 0.97  # of the rate at which weights can be streamed
+START_US = 2.65  # from one launch to the next
+CLUSTER_START_US = 0.96  # more, if CTAs have to start in pairs
+TENSOR_GHZ = 1.75  # the tensor cores' clock where nothing else limits them
+CLUSTER_DRAG = 1.012  # more time where every stage waits for both CTAs of a cluster
+ONE_BANK = 1.26  # more time where one or two warpgroups have to wait for each other's promotion
+STRADDLE_NS = 3.36  # for a warpgroup to choose the scale of b, for every run of columns that is sure to share one
+SM_BYTES_PER_NS = 113.4  # what the copy engine brings into one SM
+L2_BYTES_PER_NS = 15_570  # what L2 delivers to all of them
+BLOCK_NS = 104.2  # a K block takes, however small, and
+WARPGROUP_NS = 10.25  # for every further warpgroup
+TILE_NS = 713  # from one tile to the next, and
+CONVERT_BYTES_PER_NS = 41.7  # for a warpgroup to hand over its part of the result
+STORE_BYTES_PER_NS = 52  # of the last result, which nothing is left to hide
+HALVED = 0.8  # of a turn of tiles, if it is halves of tiles
+UNEVEN = 0.684  # of a turn that the busiest CTA has more than the mean, where tiles are claimed one by one
+FLOP_PER_US = 1.207e9  # what power allows, at load, and
+CLUSTER_POWER = 1.046  # how much more of it clusters take
+MEMORY_EFFICIENCY = 0.92  # of the rate at which weights can be streamed
 DEFAULT = Config()
 _SPREAD = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
-SHARPNESS = 6.95  # of the norms that stand for "the slowest decides, and the next slowest disturbs it"
+SHARPNESS = 9.875  # of the norms that stand for "the slowest decides, and the next slowest disturbs it"
 
 
 @cache
@@ -67,6 +67,7 @@ class _Table:
         self.area = area = self.block_m * self.block_n
         drag = column(lambda t: ONE_BANK if t.banks == 1 and t.warpgroups < 3 else 1)
         self.tensor_ns = area / 32 / TENSOR_GHZ * drag * np.where(self.cluster > 1, CLUSTER_DRAG, 1)
+        self.power = np.where(self.cluster > 1, CLUSTER_POWER, 1)
         self.latency_ns = BLOCK_NS + WARPGROUP_NS * (self.block_m // 64 - 1)
         self.straddle_ns = column(
             lambda t: 0 if t.block_n % 128 == 0 else STRADDLE_NS * t.warpgroups * t.block_n / gcd(t.chunk_n, 128)
@@ -110,7 +111,7 @@ class _Costs:
         compute_us = self.waves * (k_blocks * self.block_ns + table.tile_ns) / 1e3
         self.memory_us = problem.bytes / (MEMORY_EFFICIENCY * device.memory_gbps) / 1e3
         blocks = count * table.cluster * k_blocks
-        self.power_us = blocks * BLOCK_K * (used * table.area * 2 / FLOP_PER_US + shared / BYTES_PER_US)
+        self.power_us = blocks * BLOCK_K * used * table.area * 2 / FLOP_PER_US * table.power
         self.us = table.start_us + _norm(SHARPNESS / 2, compute_us, self.memory_us, self.power_us) + table.end_us
 
     def plan(self, i: int) -> Plan:

@@ -1,0 +1,223 @@
+"""Times tile after tile on this GPU, to fit the planner's cost model to, and says how well the planner chooses.
+
+Shapes: linear layers of open models with FP8 weights (DeepSeek-V3, Kimi-K2, Qwen3, GLM-4.5, Llama-3.1) with 256 to
+32,768 rows, and experts, contiguous and masked. Of each problem the tiles that the cost model holds for the fastest
+are timed, the GPU at load, one after the other in random order and then in the reverse one: a graph of several launches
+over several sets of operands, the median of four replays.
+
+    python -m bench.sweep                   # sweeps, and writes to bench/results/sweep
+    python -m bench.sweep --report FILE     # what today's choices took in a sweep, and the fastest tile
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import deep_gemm
+from bench import grouped
+from bench.graph import capture
+from bench.run import as_text, commit, machine, slug, versions
+from bench.table import RESULTS
+from deep_gemm import heuristics, problem
+from deep_gemm.problem import Kind, Operands, Problem
+from deep_gemm.quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
+from deep_gemm.runtime import device
+from deep_gemm.runtime.compiler import compile_many
+from deep_gemm.runtime.launch import launch
+
+SWEEPS = RESULTS / "sweep"
+REPLAY_US = 400
+WARM_S = 0.3
+MOST_FLOP = 4e12
+DENSE = "dense"
+LAYERS = (  # N, K
+    *((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)),  # DeepSeek-V3
+    *((36864, 7168), (7168, 18432), (12288, 1536), (16384, 512), (7168, 8192), (576, 7168)),  # and Kimi-K2
+    *((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (10240, 5120), (5120, 8192), (5120, 25600)),  # Qwen3
+    *((9216, 4096), (14336, 5120), (5120, 12288), (24576, 5120)),  # and GLM-4.5
+    *(
+        (10240, 8192),
+        (8192, 8192),
+        (8192, 28672),
+        (28672, 4096),
+        (4096, 14336),
+        (1280, 8192),
+        (8192, 1024),
+    ),  # Llama-3.1
+)
+MS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+EXPERTS = (*grouped.EXPERT, (3072, 4096), (4096, 1536))  # N, K of DeepSeek-V3's, and of Qwen3-235B's
+CONTIGUOUS_GROUPS = ((4, 8192), (8, 4096), (32, 256), (16, 512), (64, 128))  # groups, rows of each
+MASKED_GROUPS = (
+    (1, 1024, 1024),
+    (2, 512, 512),
+    (4, 256, 256),
+    (32, 4096, 192),
+    (8, 2048, 700),
+)  # groups, room, expected
+
+
+class Outcome(NamedTuple):
+    """What today's cost model makes of a problem that was swept; times in us."""
+
+    family: str
+    shape: list[int]
+    chosen: str
+    chosen_us: float | None  # none where the tile was not timed
+    foretold_us: float
+    fastest: str
+    fastest_us: float
+
+
+def shapes() -> Iterator[tuple[str, list[int]]]:
+    """A family and its numbers, as problem_of takes them: of dense layers every other M, and DeepSeek-V3's at 4096."""
+    for (i, (n, k)), (j, m) in product(enumerate(LAYERS), enumerate(MS)):
+        if 2 * m * n * k <= MOST_FLOP and ((i + j) % 2 == 0 or (m == 4096 and i < 6)):
+            yield DENSE, [m, n, k]
+    for numbers, (n, k) in product(CONTIGUOUS_GROUPS, EXPERTS):
+        yield grouped.CONTIGUOUS, [*numbers, n, k]
+    for (groups, m, expected), (n, k) in product(MASKED_GROUPS, EXPERTS):
+        yield grouped.MASKED, [groups, m, n, k, expected]
+
+
+def problem_of(family: str, numbers: Sequence[int]) -> Problem:
+    """dense [m, n, k], contiguous [groups, rows of each, n, k], masked [groups, max_m, n, k, expected_m]."""
+    if family == DENSE:
+        m, n, k = numbers
+        return Problem(m, n, k)
+    groups, m, n, k = numbers[:4]
+    if family == grouped.CONTIGUOUS:
+        return Problem(groups * m, n, k, Kind.CONTIGUOUS, groups, alignment=128)
+    return Problem(m, n, k, Kind.MASKED, groups, numbers[4])
+
+
+def operands_of(family: str, numbers: list[int]) -> Operands:
+    if family == DENSE:
+        m, n, k = numbers
+        a, a_scales = per_token_cast_to_fp8(torch.randn(m, k, device="cuda", dtype=torch.bfloat16), False)
+        b = per_block_cast_to_fp8(torch.randn(n, k, device="cuda", dtype=torch.bfloat16), False)
+        d = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+        return problem.dense((a, deep_gemm.get_mn_major_tma_aligned_tensor(a_scales)), b, d, None, False)[1]
+    x = grouped.Operands.random(grouped.Shape.of(family, numbers))
+    a, b = (x.a, x.a_scales), (x.b, x.b_scales)
+    if family == grouped.CONTIGUOUS:
+        return problem.contiguous(a, b, x.d, x.layout, False, 128, None, True)[1]
+    return problem.masked(a, b, x.d, x.layout, numbers[4])[1]
+
+
+def sweep_one(family: str, numbers: list[int], most: int) -> dict[str, float]:
+    """Microseconds of each tile, by name."""
+    about = problem_of(family, numbers)
+    plans = list(heuristics.ranked(about, device.current())[:most])
+    random.Random(str(numbers)).shuffle(plans)
+    sets = [operands_of(family, numbers) for _ in range(max(2, min(8, int(3e8 / about.bytes) + 1)))]
+    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
+    for plan in plans:
+        launches = len(sets) * max(1, round(REPLAY_US / plan.cost.us / len(sets)))
+        graph = capture(lambda x, plan=plan: (launch(plan, x), x.d)[1], sets, launches)
+        graphs[plan.tile.name] = graph, launches
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < WARM_S:
+        next(iter(graphs.values()))[0].replay()
+        torch.cuda.synchronize()
+    taken: dict[str, list[float]] = {name: [] for name in graphs}
+    for name in (*graphs, *reversed(graphs)):  # there and back, for the GPU grows warmer, and its clock slower
+        graph, launches = graphs[name]
+        graph.replay()
+        for _ in range(2):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            taken[name].append(start.elapsed_time(end) * 1e3 / launches)
+    return {name: round(statistics.median(times), 3) for name, times in taken.items()}
+
+
+def sweep(most: int, limit_s: float) -> list[dict[str, Any]]:
+    """A row for each problem: its family and shape, and us in the order of heuristics.tiles(), None where not timed."""
+    tiles = heuristics.tiles()
+    compile_many([tile.source() for tile in tiles])
+    todo = list(shapes())
+    random.Random(0).shuffle(todo)  # so that a limit leaves out no family
+    rows: list[dict[str, Any]] = []
+    begun = time.perf_counter()
+    for family, numbers in todo:
+        if time.perf_counter() - begun > limit_s:
+            print(f"{limit_s:.0f} s are over: {len(todo) - len(rows)} of {len(todo)} problems are left out", flush=True)
+            break
+        us = sweep_one(family, numbers, most)
+        rows.append({"family": family, "shape": numbers, "us": [us.get(tile.name) for tile in tiles]})
+        torch.cuda.empty_cache()
+    return rows
+
+
+def outcomes(path: Path) -> Iterator[Outcome]:
+    """What the cost model chooses for an H200, for every problem of a sweep there."""
+    swept = json.loads(path.read_text())
+    for row in swept["rows"]:
+        us = {name: time for name, time in zip(swept["tiles"].split(" | "), row["us"], strict=True) if time}
+        plan = heuristics.choose(problem_of(row["family"], row["shape"]), device.H200)
+        name, fastest = plan.tile.name, min(us, key=us.__getitem__)
+        yield Outcome(row["family"], row["shape"], name, us.get(name), plan.cost.us, fastest, us[fastest])
+
+
+def report(path: Path) -> str:
+    lines: list[str] = []
+    behind: list[float] = []
+    off: list[float] = []
+    for x in outcomes(path):
+        if not x.chosen_us:
+            lines.append(f"{x.family:10} {x.shape!s:28} {x.chosen}, which was not timed")
+            continue
+        behind.append(x.chosen_us / x.fastest_us)
+        off.append(abs(x.foretold_us / x.chosen_us - 1))
+        best = "" if x.chosen == x.fastest else f"  {x.fastest} {x.fastest_us:.1f}: {behind[-1]:.3f}"
+        lines.append(
+            f"{x.family:10} {x.shape!s:28} {x.chosen} {x.chosen_us:.1f} us, foretold {x.foretold_us:.1f}{best}"
+        )
+    median, mean, worst = statistics.median(behind), statistics.mean(behind), max(behind)
+    lines.append(
+        f"{len(behind)} problems. Chosen tile / fastest one: median {median:.3f}, mean {mean:.3f}, worst {worst:.3f}. "
+        f"Foretold times are off by {statistics.median(off):.1%} in the median."
+    )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("bench.sweep", description="Times tile after tile, to fit the planner to.")
+    parser.add_argument("--most", type=int, default=40, help="tiles of each problem, the most promising first")
+    parser.add_argument(
+        "--limit", type=float, default=3600, metavar="SECONDS", help="start no further problem after so long"
+    )
+    parser.add_argument("--output", type=Path, default=SWEEPS, help=f"folder for the results (default: {SWEEPS})")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="no sweep: what today's choices took in that one")
+    args = parser.parse_args(argv)
+    if args.report:
+        print(report(args.report))
+        return 0
+    started, gpu = datetime.now(timezone.utc), machine()
+    about = {"time": started.isoformat(timespec="seconds"), "machine": gpu, "versions": versions(), **commit()}
+    about["tiles"] = " | ".join(tile.name for tile in heuristics.tiles())
+    rows = sweep(args.most, args.limit)
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f"{started:%Y-%m-%d}-{slug(gpu['gpu'])}.json"
+    path.write_text(as_text(about, rows))
+    print(report(path))
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
