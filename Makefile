@@ -28,8 +28,9 @@ check: $(DEV_READY) ## style and types
 gpu: $(DEV_READY) ## the tests that need a Hopper GPU
 	$(PY) -m pytest -m gpu --results tests/results $(ARGS)
 
-bench: $(USER_READY) ## measure on this GPU, beside cuBLASLt
+bench: $(DEV_READY) ## measure on this GPU, beside cuBLASLt, and draw the newest results
 	$(PY) -m bench.run $(ARGS)
+	$(PY) -m bench.plot
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "deep_gemm needs Python 3.10 or newer: make PYTHON=python3.12")'
