@@ -1,4 +1,4 @@
-"""Grouped multiplications, by whichever deep_gemm is imported: ours, or in the process of bench/peer.py another one."""
+"""Multiplications by whichever deep_gemm is imported: ours, or in the process of bench/peer.py another one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 import deep_gemm
 
-CONTIGUOUS, MASKED = "contiguous", "masked"
+DENSE, CONTIGUOUS, MASKED = "dense", "contiguous", "masked"
 EXPERT = ((4096, 7168), (7168, 2048))  # N, K of DeepSeek-V3's routed experts: gate + up, down
 
 
 @dataclass(frozen=True)
 class Shape:
-    """groups: each with b [n, k], and room for m rows of a. tokens: how many of them are real, m or about so many."""
+    """groups: each with b [n, k], and room for m rows of a; one if dense. tokens: real rows, m or about so many."""
 
     family: str
     groups: int
@@ -28,11 +28,16 @@ class Shape:
     @property
     def numbers(self) -> list[int]:
         """As in a results file."""
+        if self.family == DENSE:
+            return [self.m, self.n, self.k]
         return [self.groups, self.m, self.n, self.k, *[self.tokens] * (self.family == MASKED)]
 
     @classmethod
     def of(cls, family: str, numbers: list[int]) -> Shape:
         """The inverse of numbers."""
+        if family == DENSE:
+            m, n, k = numbers
+            return cls(family, 1, m, n, k, tokens=m)
         return cls(family, *numbers[:4], tokens=numbers[-1] if family == MASKED else numbers[1])
 
     @property
@@ -97,7 +102,9 @@ class Operands:
 
 
 def run(x: Operands) -> torch.Tensor:
-    if x.shape.family == CONTIGUOUS:
+    if x.shape.family == DENSE:
+        deep_gemm.fp8_gemm_nt((x.a[0], x.a_scales[0]), (x.b[0], x.b_scales[0]), x.d[0])
+    elif x.shape.family == CONTIGUOUS:
         deep_gemm.m_grouped_fp8_gemm_nt_contiguous((x.a, x.a_scales), (x.b, x.b_scales), x.d, x.layout)
     else:
         deep_gemm.fp8_m_grouped_gemm_nt_masked((x.a, x.a_scales), (x.b, x.b_scales), x.d, x.layout, x.shape.tokens)

@@ -1,8 +1,8 @@
 """Another package of the name deep_gemm, timed in a process of its own: both ends of the line between the processes.
 
 A line of JSON each way. A request is {"family", "shape", "seed", "sets", "launches"} (make operands, capture a graph),
-"replay" (one turn) or "free" (release all memory); an answer is {}, {"us": ...} or {"error": ...}. The first answer, to
-no request, is {"file", "version"}: which deep_gemm it is.
+"replay" (one turn), {"burst_us"} (a while at load) or "free" (release all memory); an answer is {}, {"us": ...} or
+{"error": ...}. The first answer, to no request, is {"file", "version"}: which deep_gemm it is.
 """
 
 from __future__ import annotations
@@ -88,6 +88,10 @@ def answers(requests: Iterator[str]) -> Iterator[dict[str, Any]]:
             if request == "replay":
                 assert captured
                 yield {"us": graph.turn_us(captured)}
+                continue
+            if "burst_us" in request:
+                assert captured
+                yield {"us": graph.sustained_us(captured, request["burst_us"])}
                 continue
             captured = None
             sets.clear()

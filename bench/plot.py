@@ -137,7 +137,8 @@ def draw(results: Row, folder: Path) -> list[Path]:
         prefill = [row for row in rows if row["family"] == "dense" and row["shape"][0] > 128]
         groups = [row for row in rows if row["family"] != "dense"]
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 7), layout="constrained")
-        draw_bars(left, prefill, (OURS, PEER, "cublaslt_block", "bf16"), "Prefill: M, N, K")
+        names = [name for name in COLOURS if any(teraflops(row, name) for row in prefill)]
+        draw_bars(left, prefill, names, "Prefill: M, N, K")
         if groups:
             names = (OURS, other(groups[0]))
             draw_bars(right, groups, names, "Grouped: groups, rows of each, N, K, real rows")

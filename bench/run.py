@@ -7,8 +7,9 @@ also runs alone for a second and a half without a pause, and the second half of 
 limits the clock). Before it is timed, a shape is multiplied through the graph into poisoned outputs, and samples of
 the first and the last set are held against the bit-exact reference: with one wrong bit the row has an error, no time.
 
-Dense shapes stand beside cuBLASLt. Grouped ones stand beside the PyPI package sgl-deep-gemm, a fork of DeepSeek's
-DeepGEMM, if DEEP_GEMM_PEER names the folder it is in (bench/peer.py; it needs nvcc), else beside cuBLASLt in a loop:
+Dense shapes stand beside cuBLASLt. If DEEP_GEMM_PEER names the folder that the PyPI package sgl-deep-gemm is in, a fork
+of DeepSeek's DeepGEMM (bench/peer.py; it needs nvcc), the grouped ones stand beside it, and so do the dense ones of
+--peer-m; else the grouped ones stand beside cuBLASLt in a loop:
 
     pip install --no-deps --target FOLDER sgl-deep-gemm==0.1.5 apache-tvm-ffi==0.1.11
 """
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from importlib import import_module
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ import torch
 
 import deep_gemm
 from bench import grouped
-from bench.graph import capture, turn_us
+from bench.graph import capture, sustained_us, turn_us
 from bench.peer import Peer
 from bench.table import FORK, LOOP, OURS, PEER, RESULTS, ROOT, Row, family_means, geometric_means, other
 from deep_gemm import reference
@@ -50,7 +51,6 @@ MS = (1, 16, 64, 128, 4096)
 SUSTAINED_M = 4096
 TURNS = 9
 REPLAY_US = 1500
-SUSTAINED_S = 1.5
 
 
 @dataclass(frozen=True)
@@ -155,22 +155,6 @@ def wrong_in_groups(x: grouped.Operands) -> int:
     return wrong
 
 
-def sustained_us(graph: torch.cuda.CUDAGraph, burst_us: float) -> float:
-    """The median of what 20 ms took, over the second half of SUSTAINED_S at load. Two pieces are always in flight."""
-    replays = max(1, round(20_000 / burst_us))
-    pieces = max(4, round(SUSTAINED_S * 1e6 / (replays * burst_us)))
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(pieces + 1)]
-    events[0].record()
-    for before, event in zip([events[0], *events], events[1:], strict=False):
-        for _ in range(replays):
-            graph.replay()
-        event.record()
-        before.synchronize()
-    torch.cuda.synchronize()
-    half = events[len(events) // 2 :]
-    return statistics.median(a.elapsed_time(b) for a, b in pairwise(half)) * 1e3 / replays
-
-
 def take_turns(row: Row, implementations: dict[str, Callable[[], float]], turns: int) -> dict[str, float]:
     """Puts medians and spreads into the row. Returns the medians, in us per graph."""
     times: dict[str, list[float]] = {name: [] for name in implementations}
@@ -182,7 +166,7 @@ def take_turns(row: Row, implementations: dict[str, Callable[[], float]], turns:
     return burst
 
 
-def measure(problem: Problem, l2_bytes: int, turns: int, sustained: bool) -> Row:
+def measure(problem: Problem, l2_bytes: int, turns: int, sustained: bool, peer: Peer | None = None) -> Row:
     row: Row = {
         "family": "dense",
         "shape": [problem.m, problem.n, problem.k],
@@ -206,12 +190,31 @@ def measure(problem: Problem, l2_bytes: int, turns: int, sustained: bool) -> Row
     if wrong := sum(wrong_bits((x.a, x.a_scales), (x.b, x.b_scales), x.d) for x in (sets[0], sets[-1])):
         return row | {"error": f"{wrong} sampled elements differ from the exact reference"}
 
-    burst = take_turns(row, {name: partial(turn_us, graph) for name, graph in graphs.items()}, turns)
+    turn_of: dict[str, Callable[[], float]] = {name: partial(turn_us, graph) for name, graph in graphs.items()}
+    held_of: dict[str, Callable[[float], float]] = {
+        name: partial(sustained_us, graph) for name, graph in graphs.items()
+    }
+    try:
+        if peer:
+            about = {"family": row["family"], "shape": row["shape"], "seed": 0}
+            peer.ask(about | {"sets": sets_count, "launches": row["launches"]})
+            turn_of[FORK] = lambda: peer.ask("replay")["us"]
+            held_of[FORK] = lambda burst_us: peer.ask({"burst_us": burst_us})["us"]
+        burst = take_turns(row, turn_of, turns)
+    except (RuntimeError, OSError) as error:
+        if peer is None:
+            raise
+        row["us"][FORK], row["refused"] = None, row.get("refused", {}) | {FORK: str(error)}
+        turn_of.pop(FORK, None)
+        held_of.pop(FORK, None)
+        burst = take_turns(row, turn_of, turns)
     if sustained and problem.m == SUSTAINED_M:
-        row["us_sustained"] = dict.fromkeys(IMPLEMENTATIONS)
-        for name, graph in graphs.items():
+        row["us_sustained"] = dict.fromkeys(row["us"])
+        for name, held in held_of.items():
             time.sleep(0.3)
-            row["us_sustained"][name] = round(sustained_us(graph, burst[name]) / row["launches"], 3)
+            row["us_sustained"][name] = round(held(burst[name]) / row["launches"], 3)
+    if peer and FORK in turn_of:
+        peer.ask("free")
     return row
 
 
@@ -417,6 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--m", type=int, nargs="+", default=list(MS), help="rows of a, dense")
     parser.add_argument("--n", type=int, nargs="+", help="only layers of these N")
     parser.add_argument("--k", type=int, nargs="+", help="only layers of these K")
+    parser.add_argument("--peer-m", type=int, nargs="*", default=[SUSTAINED_M], help="rows that a peer multiplies, too")
     parser.add_argument("--quick", action="store_true", help="three turns instead of nine, nothing sustained")
     parser.add_argument("--no-sustained", action="store_true", help="no figures at load")
     parser.add_argument("--output", type=Path, help=f"folder for the results (default: {RESULTS}, for complete runs)")
@@ -426,8 +430,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bench: needs a Hopper GPU (compute capability 9.0) and a CUDA build of torch", file=sys.stderr)
         return 1
 
-    grouped_too = set(args.family) & {grouped.CONTIGUOUS, grouped.MASKED}
-    peer_folder = os.environ.get("DEEP_GEMM_PEER") if grouped_too else None
+    peer_folder = os.environ.get("DEEP_GEMM_PEER")
     try:
         peer = Peer(Path(peer_folder)) if peer_folder else None
     except (RuntimeError, OSError) as error:
@@ -437,13 +440,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     started = datetime.now(timezone.utc)
     gpu = machine()
-    print(f"{gpu}\n{versions()}\n    M      N      K " + " ".join(f"{name[:9]:>9}" for name in IMPLEMENTATIONS))
+    print(
+        f"{gpu}\n{versions()}\n    M      N      K "
+        + " ".join(f"{name[:9]:>9}" for name in (*IMPLEMENTATIONS, *[FORK] * bool(peer)))
+    )
     turns, sustained = (3, False) if args.quick else (TURNS, not args.no_sustained)
     rows: list[Row] = []
     layers = [(n, k) for _, n, k in LAYERS if n in (args.n or [n]) and k in (args.k or [k])]
     ms: list[int] = args.m
     for (n, k), m in product(layers if "dense" in args.family else [], ms):
-        rows.append(measure(Problem(m, n, k), gpu["l2_bytes"], turns, sustained))
+        beside = peer if m in args.peer_m else None
+        rows.append(measure(Problem(m, n, k), gpu["l2_bytes"], turns, sustained, beside))
         print(line_of(rows[-1]), flush=True)
     shapes = [x for x in grouped.SHAPES if x.family in args.family and (x.n, x.k) in layers]
     for shape in shapes:
@@ -457,6 +464,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"M={m}: ours / tensor-wise {mean:.3f} (geometric mean)")
     for m, mean in geometric_means(rows, "us_sustained").items():
         print(f"M={m} sustained: ours / tensor-wise {mean:.3f} (geometric mean)")
+    for m, mean in geometric_means(rows, to=FORK).items():
+        print(f"M={m}: ours / {FORK} {mean:.3f} (geometric mean)")
     for family, mean in family_means(rows).items():
         print(f"{family}: ours / {mean.other} {mean.ratio:.3f} (geometric mean)")
     host = {

@@ -40,7 +40,6 @@ SWEEPS = RESULTS / "sweep"
 REPLAY_US = 400
 WARM_S = 0.3
 MOST_FLOP = 4e12
-DENSE = "dense"
 LAYERS = (  # N, K
     *((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)),  # DeepSeek-V3
     *((36864, 7168), (7168, 18432), (12288, 1536), (16384, 512), (7168, 8192), (576, 7168)),  # and Kimi-K2
@@ -84,7 +83,7 @@ def shapes() -> Iterator[tuple[str, list[int]]]:
     """A family and its numbers, as problem_of takes them: of dense layers every other M, and DeepSeek-V3's at 4096."""
     for (i, (n, k)), (j, m) in product(enumerate(LAYERS), enumerate(MS)):
         if 2 * m * n * k <= MOST_FLOP and ((i + j) % 2 == 0 or (m == 4096 and i < 6)):
-            yield DENSE, [m, n, k]
+            yield grouped.DENSE, [m, n, k]
     for numbers, (n, k) in product(CONTIGUOUS_GROUPS, EXPERTS):
         yield grouped.CONTIGUOUS, [*numbers, n, k]
     for (groups, m, expected), (n, k) in product(MASKED_GROUPS, EXPERTS):
@@ -93,7 +92,7 @@ def shapes() -> Iterator[tuple[str, list[int]]]:
 
 def problem_of(family: str, numbers: Sequence[int]) -> Problem:
     """dense [m, n, k], contiguous [groups, rows of each, n, k], masked [groups, max_m, n, k, expected_m]."""
-    if family == DENSE:
+    if family == grouped.DENSE:
         m, n, k = numbers
         return Problem(m, n, k)
     groups, m, n, k = numbers[:4]
@@ -103,7 +102,7 @@ def problem_of(family: str, numbers: Sequence[int]) -> Problem:
 
 
 def operands_of(family: str, numbers: list[int]) -> Operands:
-    if family == DENSE:
+    if family == grouped.DENSE:
         m, n, k = numbers
         a, a_scales = per_token_cast_to_fp8(torch.randn(m, k, device="cuda", dtype=torch.bfloat16), False)
         b = per_block_cast_to_fp8(torch.randn(n, k, device="cuda", dtype=torch.bfloat16), False)

@@ -21,12 +21,12 @@ GROUPED = {"contiguous": "groups, M of each, N, K", "masked": "groups, max M, N,
 Row = dict[str, Any]
 
 
-def geometric_means(rows: Sequence[Row], field: str = "us") -> dict[int, float]:
-    """For each M, the geometric mean of ours / cuBLASLt tensor-wise over its N, K."""
+def geometric_means(rows: Sequence[Row], field: str = "us", to: str = PEER) -> dict[int, float]:
+    """For each M, the geometric mean of ours / cuBLASLt tensor-wise (or another) over its N, K."""
     ratios: dict[int, list[float]] = {}
     for row in rows:
-        if row["family"] == "dense" and (us := row.get(field)) and us[OURS] and us[PEER]:
-            ratios.setdefault(row["shape"][0], []).append(us[OURS] / us[PEER])
+        if row["family"] == "dense" and (us := row.get(field)) and us[OURS] and us.get(to):
+            ratios.setdefault(row["shape"][0], []).append(us[OURS] / us[to])
     return {m: statistics.geometric_mean(values) for m, values in ratios.items()}
 
 
@@ -70,7 +70,7 @@ def _teraflops(row: Row, field: str) -> str:
 
 
 def _ratio(us: dict[str, float | None] | None, to: str = PEER) -> str:
-    return f"{ours / peer:.2f}" if us and (ours := us[OURS]) and (peer := us[to]) else "-"
+    return f"{ours / peer:.2f}" if us and (ours := us[OURS]) and (peer := us.get(to)) else "-"
 
 
 def _grouped(rows: Sequence[Row]) -> Iterator[str]:
@@ -93,6 +93,7 @@ def render(results: Row, source: str) -> str:
     decode = [row for row in dense if row["shape"][0] <= 128]
     machine, versions = results["machine"], results["versions"]
     commit = results["commit"][:12] + " with local changes" * bool(results.get("dirty"))
+    beside = any(row["us"].get(FORK) for row in prefill)
     lines = [
         f"{machine['gpu']}, driver {machine.get('driver_version')}, CUDA {versions['cuda']}, torch {versions['torch']},"
         f" commit {commit}, {results['time'][:10]}. us per launch, nothing in L2; ratio = ours / "
@@ -101,16 +102,17 @@ def render(results: Row, source: str) -> str:
         "",
         _line(
             "prefill: M, N, K", "ours, burst (TFLOPS)", "tensor-wise", "block-wise", "bf16", "ratio", "ours, sustained",
-            "ratio",
+            "ratio", *[f"{FORK} burst, sustained", "ratios"] * beside,
         ),
-        _line(*["---"] * 8),
+        _line(*["---"] * (8 + 2 * beside)),
     ]  # fmt: skip
     for row in prefill:
-        us = row["us"]
+        us, held = row["us"], row.get("us_sustained")
+        fork = (f"{_us(us.get(FORK))}, {_us((held or {}).get(FORK))}", f"{_ratio(us, FORK)}, {_ratio(held, FORK)}")
         lines.append(
             _line(
                 ", ".join(map(str, row["shape"])), _teraflops(row, "us"), _us(us[PEER]), _us(us["cublaslt_block"]),
-                _us(us["bf16"]), _ratio(us), _teraflops(row, "us_sustained"), _ratio(row.get("us_sustained")),
+                _us(us["bf16"]), _ratio(us), _teraflops(row, "us_sustained"), _ratio(held), *fork[: 2 * beside],
             )
         )  # fmt: skip
     ms = sorted({row["shape"][0] for row in decode})
@@ -121,6 +123,8 @@ def render(results: Row, source: str) -> str:
     lines += _grouped(rows)
     means = [f"M={m} {mean:.3f}" for m, mean in geometric_means(rows).items()]
     means += [f"M={m} sustained {mean:.3f}" for m, mean in geometric_means(rows, "us_sustained").items()]
+    for field, when in (("us", ""), ("us_sustained", " sustained")):
+        means += [f"M={m}{when} to {FORK} {mean:.3f}" for m, mean in geometric_means(rows, field, FORK).items()]
     means += [f"{family} {mean.ratio:.3f}" for family, mean in family_means(rows).items()]
     return "\n".join(
         [*lines, "", f"Geometric mean of the ratios: {', '.join(means)}. All figures: [{source}]({source})."]

@@ -15,6 +15,7 @@ from deep_gemm import problem as problems
 from deep_gemm import reference
 from deep_gemm.cli import LAYERS
 from deep_gemm.problem import Problem
+from deep_gemm.testing import calc_diff
 
 H200_L2 = 60 << 20
 
@@ -160,6 +161,27 @@ def test_counts_of_groups():
     assert 14 <= min(of_20) < max(of_20) <= 25
     assert grouped.Shape("masked", 2, 512, 8, 16, 512).counts == [512, 512]
     assert len(grouped.SHAPES) == 16
+
+
+def test_a_dense_multiplication_for_a_peer():
+    shape = grouped.Shape.of(grouped.DENSE, [40, 136, 144])
+    assert shape.numbers == [40, 136, 144] and shape.counts == [40]
+    x = grouped.Operands.random(shape, "cpu")
+    d = grouped.run(x)[0]
+    expected = reference.fp8_gemm_nt(x.a[0], x.a_scales[0], x.b[0], x.b_scales[0])
+    assert calc_diff(d, expected) < 1e-5
+
+
+def test_a_table_with_a_peer_beside_prefill():
+    about = results(0.5)
+    for row in about["rows"]:
+        if row["shape"][0] == 4096:
+            row["us"] = row["us"] | {"sgl_deep_gemm": 8.0}
+            row["us_sustained"] = row["us_sustained"] | {"sgl_deep_gemm": 4.0}
+    text = table.render(about, "x")
+    assert "| ratio | sgl_deep_gemm burst, sustained | ratios |\n" in text
+    assert "| 0.50 | 5.0 (24052) | 0.50 | 8.0, 4.0 | 0.62, 1.25 |\n" in text
+    assert "M=4096 to sgl_deep_gemm 0.625, M=4096 sustained to sgl_deep_gemm 1.250" in text
 
 
 @pytest.mark.parametrize("family", ["contiguous", "masked"])
