@@ -166,6 +166,23 @@ def test_keeping_scales():
         assert {bits & ~(1 << YIELD | 0xF << 122) for _, bits in differences(image, after)} <= {0}
 
 
+@pytest.mark.parametrize(
+    "word, following, kept",
+    [
+        ((0x223, 131, 204), (0x223, 130, 204), True),
+        ((0x223, 131, 204), (0x223, 130, 203), False),  # another scale
+        ((0x223, 204, 204), (0x223, 130, 204), False),  # which the first one changes
+        ((0x823, 131, 204), (0x823, 130, 204), False),  # a constant, with the same low bits
+        ((0x223, 131, 204), (0x823, 130, 204), False),
+    ],
+)
+def test_what_may_be_kept(word: tuple[int, int, int], following: tuple[int, int, int], kept: bool):
+    """(opcode and form, register of the result, register of the second operand)"""
+    one, other = (code | result << 16 | second << 32 for code, result, second in (word, following))
+    assert sass._may_keep_second(one, other) is kept
+    assert not sass._may_keep_second(one, 0)
+
+
 @pytest.mark.parametrize("change", [("512", "256"), ("wgmma(partial[i], a + i, b)", "partial[i][i] += a")], ids=str)
 def test_there_is_nothing_to_interleave(change: tuple[str, str]):
     """No second warpgroup that promotes; no wgmmas."""

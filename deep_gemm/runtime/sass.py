@@ -27,7 +27,8 @@ _OPCODE = 0x1FF
 _STALL, _ONE_CYCLE = 0xF << 105, 1 << 105  # until this warp's next instruction
 _STAY = 1 << 109  # with this warp; 0 yields to another
 _REUSE = 0xF << 122  # the operands that are kept for this warp's next instruction, one bit each
-_SECOND, _REUSE_SECOND = 0xFF << 32, 1 << 123  # the register of the second operand; that it is kept
+_FORM, _REGISTERS = 0xE00, 0x200  # of the operands: registers alone, no constant among them
+_REUSE_SECOND = 1 << 123  # the second operand is kept
 _EVERY = 8  # FFMAs, of which one yields
 _EIATTR_MAX_THREADS, _EIATTR_MIN_STACK_SIZE, _EIATTR_REGCOUNT = 0x05, 0x12, 0x2F
 _RESERVED_SMEM_BYTES = 1024  # of every block on sm_90, for the system
@@ -125,11 +126,19 @@ def _keep_scales(words: list[int]) -> list[int]:
         run = list(group)
         if is_ffma and len(run) > 1:
             for i, (word, following) in enumerate(pairwise([*run, 0])):
-                keeps = _REUSE_SECOND * (following & _SECOND == word & _SECOND and following != 0)
+                keeps = _REUSE_SECOND * _may_keep_second(word, following)
                 result.append(word & ~(_STAY | _REUSE) | (0 if i % _EVERY == _EVERY - 1 else _STAY | keeps))
         else:
             result += run
     return result
+
+
+def _may_keep_second(word: int, following: int) -> bool:
+    """Whether the next instruction's second operand is the same register, and this one leaves it as it is."""
+    if word & _FORM != _REGISTERS or following & _FORM != _REGISTERS:
+        return False
+    result, second, next_second = word >> 16 & 0xFF, word >> 32 & 0xFF, following >> 32 & 0xFF
+    return second == next_second != result
 
 
 def ffma_bits(image: bytes) -> dict[str, str]:
