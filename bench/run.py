@@ -414,6 +414,14 @@ def as_text(about: Row, rows: Sequence[Row]) -> str:
     return f'{json.dumps(about, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'
 
 
+def on_hopper(program: str) -> bool:
+    """Whether there is a GPU to measure; else says so."""
+    found = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    if not found:
+        print(f"{program}: needs a Hopper GPU (compute capability 9.0) and a CUDA build of torch", file=sys.stderr)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench.run", description="Our GEMMs beside others on this GPU.")
     parser.add_argument("--family", choices=FAMILIES, nargs="+", default=list(FAMILIES), help="default: all")
@@ -426,8 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help=f"folder for the results (default: {RESULTS}, for complete runs)")
     parser.add_argument("--note", default="", help="kept in the results file")
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        print("bench: needs a Hopper GPU (compute capability 9.0) and a CUDA build of torch", file=sys.stderr)
+    if not on_hopper("bench"):
         return 1
 
     peer_folder = os.environ.get("DEEP_GEMM_PEER")

@@ -27,7 +27,7 @@ import torch
 import deep_gemm
 from bench import grouped
 from bench.graph import capture
-from bench.run import as_text, commit, machine, slug, versions
+from bench.run import as_text, commit, machine, on_hopper, slug, versions
 from bench.table import RESULTS
 from deep_gemm import heuristics, problem
 from deep_gemm.problem import Kind, Operands, Problem
@@ -45,26 +45,12 @@ LAYERS = (  # N, K
     *((36864, 7168), (7168, 18432), (12288, 1536), (16384, 512), (7168, 8192), (576, 7168)),  # and Kimi-K2
     *((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (10240, 5120), (5120, 8192), (5120, 25600)),  # Qwen3
     *((9216, 4096), (14336, 5120), (5120, 12288), (24576, 5120)),  # and GLM-4.5
-    *(
-        (10240, 8192),
-        (8192, 8192),
-        (8192, 28672),
-        (28672, 4096),
-        (4096, 14336),
-        (1280, 8192),
-        (8192, 1024),
-    ),  # Llama-3.1
+    *((10240, 8192), (8192, 8192), (8192, 28672), (28672, 4096), (4096, 14336), (1280, 8192), (8192, 1024)),  # Llama
 )
 MS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 EXPERTS = (*grouped.EXPERT, (3072, 4096), (4096, 1536))  # N, K of DeepSeek-V3's, and of Qwen3-235B's
 CONTIGUOUS_GROUPS = ((4, 8192), (8, 4096), (32, 256), (16, 512), (64, 128))  # groups, rows of each
-MASKED_GROUPS = (
-    (1, 1024, 1024),
-    (2, 512, 512),
-    (4, 256, 256),
-    (32, 4096, 192),
-    (8, 2048, 700),
-)  # groups, room, expected
+MASKED_GROUPS = ((1, 1024, 1024), (2, 512, 512), (4, 256, 256), (32, 4096, 192), (8, 2048, 700))  # and expected
 
 
 class Outcome(NamedTuple):
@@ -203,9 +189,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=SWEEPS, help=f"folder for the results (default: {SWEEPS})")
     parser.add_argument("--report", type=Path, metavar="FILE", help="no sweep: what today's choices took in that one")
     args = parser.parse_args(argv)
+    if args.most < 1:
+        parser.error(f"--most is {args.most}, expected 1 or more")
     if args.report:
+        if not args.report.is_file():
+            parser.error(f"{args.report} is no file")
         print(report(args.report))
         return 0
+    if not on_hopper("sweep"):
+        return 1
     started, gpu = datetime.now(timezone.utc), machine()
     about = {"time": started.isoformat(timespec="seconds"), "machine": gpu, "versions": versions(), **commit()}
     about["tiles"] = " | ".join(tile.name for tile in heuristics.tiles())
