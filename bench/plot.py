@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.table import FORK, LOOP, OURS, PEER, RESULTS, ROOT, Row, newest, other
-from deep_gemm.runtime.device import H200
+from deep_gemm.runtime.device import memory_gbps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,8 +45,7 @@ def roof(results: Row) -> tuple[float, float]:
     """TFLOPS of the tensor cores at the highest clock, and bytes per second of the memory (in TB/s)."""
     machine = results["machine"]
     mhz = float(str(machine["clocks.max.sm"]).split()[0])
-    tb = H200.memory_gbps / 1e3 if "H200" in machine["gpu"] else 3.0
-    return machine["sms"] * FLOP_PER_CLOCK * mhz / 1e6, tb
+    return machine["sms"] * FLOP_PER_CLOCK * mhz / 1e6, memory_gbps(machine["gpu"]) / 1e3
 
 
 def teraflops(row: Row, name: str) -> float | None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,16 @@ def test_ffmas_of_nvcc(fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DG_JIT_NVCC_COMPILER", str(fake_nvcc))
     monkeypatch.setattr(sass, "interleave", lambda image: b"interleaved " + image)
     assert compiler.compile(PROBE).image == b"interleaved image"
+
+
+@pytest.mark.parametrize("image", [b"", b"image", b"\x7fELF" + bytes(200)], ids=len)
+def test_output_that_cannot_be_read_is_used_as_it_is(image: bytes, monkeypatch: pytest.MonkeyPatch):
+    with pytest.warns(RuntimeWarning, match=r"the FFMAs of probe.cu stay as .*; NVRTC .*DG_DISABLE_FFMA_INTERLEAVE=1"):
+        assert compiler._Job(PROBE)._interleaved(image) == image
+    monkeypatch.setenv("DG_DISABLE_FFMA_INTERLEAVE", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiler._Job(PROBE)._interleaved(image) == image
 
 
 def test_ffma_bits_are_printed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):

@@ -14,11 +14,13 @@ import json
 import os
 import re
 import shlex
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -195,7 +197,16 @@ class _Job:
         return Cubin(self._interleaved(image), ptx, log)
 
     def _interleaved(self, image: bytes) -> bytes:
-        result = sass.interleave(image) if self.interleave else image
+        try:
+            result = sass.interleave(image) if self.interleave else image
+        except (IndexError, KeyError, ValueError, struct.error) as error:
+            warnings.warn(
+                f"the FFMAs of {self.source.name} stay as the compiler made them, which costs some 2 % of speed: its "
+                f"output cannot be read ({error!r}; {self.compiler}). DG_DISABLE_FFMA_INTERLEAVE=1 silences this",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return image
         if settings.get("DG_PRINT_REG_REUSE"):
             after = sass.ffma_bits(result)
             for kernel, before in sass.ffma_bits(image).items():

@@ -37,6 +37,11 @@ class Device:
 H200 = Device("NVIDIA H200", HOPPER, num_sms=132, smem_bytes=MAX_SMEM_BYTES, memory_gbps=4400)
 
 
+def memory_gbps(name: str) -> float:
+    """Of a GPU of that name, as measured on an H200; taken to be an H100's for all others."""
+    return H200.memory_gbps if "H200" in name else 3000
+
+
 def current(index: int | None = None) -> Device:
     """The CUDA device of that index (the current one if None).
 
@@ -52,8 +57,8 @@ def current(index: int | None = None) -> Device:
 @cache
 def _describe(index: int) -> Device:
     p = torch.cuda.get_device_properties(index)
-    bandwidth = H200.memory_gbps if "H200" in p.name else 3000
-    return Device(p.name, (p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin, bandwidth)
+    smem_bytes = p.shared_memory_per_block_optin
+    return Device(p.name, (p.major, p.minor), p.multi_processor_count, smem_bytes, memory_gbps(p.name))
 
 
 def best() -> Device:
