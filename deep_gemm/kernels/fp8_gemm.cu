@@ -144,11 +144,12 @@ DEVICE void promote(float (&result)[BLOCK_N / 2], float (&partial)[CHUNK_N / 2],
         }
         const float s[2] = {__fmul_rn(scales.a[0], b), __fmul_rn(scales.a[1], b)};
 #pragma unroll
-        for (int half = 0; half < 2; ++half)  // one row after the other, so that s stays at the operand's port (runtime/sass.py)
+        for (int row = 0; row < 2; ++row)   // one after the other, so that s stays at the operand's port (runtime/sass.py)
 #pragma unroll
-            for (int j = half * 2; j < SCALE_N / 2; j += j % 2 == 0 ? 1 : 3) {
+            for (int j = 0; j < SCALE_N / 2; ++j) {
+                if (j / 2 % 2 != row) continue;
                 float& r = result[column / 2 + j];
-                r = __fmaf_rn(s[half], partial[i / 2 + j], r);
+                r = __fmaf_rn(s[row], partial[i / 2 + j], r);
             }
     }
 }
