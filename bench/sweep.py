@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
@@ -40,6 +41,7 @@ SWEEPS = RESULTS / "sweep"
 REPLAY_US = 400
 WARM_S = 0.3
 MOST_FLOP = 4e12
+MOST = 40  # tiles of a problem
 LAYERS = (  # N, K
     *((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)),  # DeepSeek-V3
     *((36864, 7168), (7168, 18432), (12288, 1536), (16384, 512), (7168, 8192), (576, 7168)),  # and Kimi-K2
@@ -182,11 +184,11 @@ def report(path: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench.sweep", description="Times tile after tile, to fit the planner to.")
-    parser.add_argument("--most", type=int, default=40, help="tiles of each problem, the most promising first")
+    parser.add_argument("--most", type=int, default=MOST, help="tiles of each problem, the most promising first")
     parser.add_argument(
         "--limit", type=float, default=3600, metavar="SECONDS", help="start no further problem after so long"
     )
-    parser.add_argument("--output", type=Path, default=SWEEPS, help=f"folder for the results (default: {SWEEPS})")
+    parser.add_argument("--output", type=Path, help=f"folder for the results (default: {SWEEPS}, for complete sweeps)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="no sweep: what today's choices took in that one")
     args = parser.parse_args(argv)
     if args.most < 1:
@@ -202,8 +204,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = {"time": started.isoformat(timespec="seconds"), "machine": gpu, "versions": versions(), **commit()}
     about["tiles"] = " | ".join(tile.name for tile in heuristics.tiles())
     rows = sweep(args.most, args.limit)
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"{started:%Y-%m-%d}-{slug(gpu['gpu'])}.json"
+    complete = len(rows) == len(list(shapes())) and args.most >= MOST
+    folder = args.output or (SWEEPS if complete else Path(tempfile.mkdtemp(prefix="sweep.")))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{started:%Y-%m-%d}-{slug(gpu['gpu'])}.json"
     path.write_text(as_text(about, rows))
     print(report(path))
     print(path)

@@ -149,6 +149,21 @@ def test_what_is_swept():
     assert {(x.family, *x.shape) for x in sweep.outcomes(path)} == {(family, *n) for family, n in sweep.shapes()}
 
 
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_a_sweep_that_is_not_complete_replaces_none(left_out: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    us = [float(i + 1) for i in range(len(heuristics.tiles()))]
+    rows = [{"family": family, "shape": numbers, "us": us} for family, numbers in sweep.shapes()]
+    monkeypatch.setattr(sweep, "SWEEPS", tmp_path / "kept")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(sweep, "on_hopper", lambda program: True)
+    monkeypatch.setattr(sweep, "machine", lambda: {"gpu": "NVIDIA H200"})
+    monkeypatch.setattr(sweep, "sweep", lambda most, limit_s: rows[left_out:])
+    assert sweep.main([]) == 0
+    (path,) = tmp_path.glob("*/*-h200.json")
+    assert path.is_relative_to(tmp_path / "kept") is (left_out == 0)
+    assert len(list(sweep.outcomes(path))) == len(rows) - left_out
+
+
 def test_a_sweep_needs_a_gpu_and_a_report_a_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert sweep.main([]) == 1
