@@ -23,7 +23,7 @@ START_US = 2.65  # from one launch to the next
 CLUSTER_START_US = 0.96  # more, if CTAs have to start in pairs
 TENSOR_GHZ = 1.75  # the tensor cores' clock where nothing else limits them
 CLUSTER_DRAG = 1.012  # more time where every stage waits for both CTAs of a cluster
-ONE_BANK = 1.26  # more time where one or two warpgroups have to wait for each other's promotion
+ONE_BANK = 1.26  # more time where a sole warpgroup waits for its own promotion
 STRADDLE_NS = 3.36  # for a warpgroup to choose the scale of b, for every run of columns that is sure to share one
 SM_BYTES_PER_NS = 113.4  # what the copy engine brings into one SM
 L2_BYTES_PER_NS = 15_570  # what L2 delivers to all of them
@@ -47,7 +47,8 @@ def tiles(column_scales: bool = False) -> tuple[Tile, ...]:
     """Every tile that a kernel can be compiled for, that is, without spilling registers."""
     if column_scales:
         return tuple(make_tile(m, n, column_scales=True) for m in (64, 128) for n in (32, 64, 128))
-    shapes = [(m, n) for m in (64, 128, 192) for n in range(16, 257, 16) if m < 192 or n <= 128]
+    widths = [n for n in range(16, 257, 16) if n not in (208, 240)]  # whose halves share few scales; never the fastest
+    shapes = [(m, n) for m in (64, 128, 192) for n in widths if m < 192 or n <= 128]
     clusters = ((1, 1), (2, 1), (1, 2))
     return tuple(make_tile(m, n, *c) for m, n in shapes for c in clusters if (m, n, c) != (128, 256, (1, 2)))
 
@@ -65,7 +66,7 @@ class _Table:
         self.cluster, self.smem_bytes = column(lambda t: t.cluster), column(lambda t: t.smem_bytes)
         self.height, self.width = self.block_m * self.cluster_m, self.block_n * self.cluster_n
         self.area = area = self.block_m * self.block_n
-        drag = column(lambda t: ONE_BANK if t.banks == 1 and t.warpgroups < 3 else 1)
+        drag = column(lambda t: ONE_BANK if t.banks == 1 and t.warpgroups == 1 else 1)
         self.tensor_ns = area / 32 / TENSOR_GHZ * drag * np.where(self.cluster > 1, CLUSTER_DRAG, 1)
         self.power = np.where(self.cluster > 1, CLUSTER_POWER, 1)
         self.latency_ns = BLOCK_NS + WARPGROUP_NS * (self.block_m // 64 - 1)

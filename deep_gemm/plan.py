@@ -18,15 +18,13 @@ MAX_STAGES = 20
 ENTRY = "fp8_gemm"
 COUNTERS = 16384  # of claimed tiles, in every kernel's memory
 
-# chunk_n and banks where one wgmma of the tile's width would leave too few registers for a second bank
+# chunk_n and banks of a sole warpgroup where one wgmma of the tile's width would leave too few registers for a second
 WIDE = {
     144: (48, 2),
     160: (80, 2),
     176: (88, 2),
     192: (64, 2),
-    208: (104, 1),
     224: (112, 1),
-    240: (48, 2),
     256: (64, 2),
 }
 
@@ -39,7 +37,7 @@ class Tile:
         block_m, block_n: rows and columns of d that one CTA computes at a time.
         chunk_n: columns of one wgmma; a warpgroup works through block_n / chunk_n chunks.
         banks: temporary accumulators. With 2, a chunk is promoted while the next one is in the tensor cores.
-        unroll: K blocks between two points where the tensor cores are waited for.
+        unroll: K blocks of one turn of the main loop. With two banks the tensor cores are waited for at its end.
         stages: K blocks in flight in shared memory.
         cluster_m, cluster_n: CTAs that share tiles of b (neighbours along M) or of a (along N) by multicast.
         column_scales: a scale per row of b and 128 columns, and FP32 results, instead of one per 128x128, and BF16.
@@ -215,17 +213,20 @@ class Plan:
 def make_tile(block_m: int, block_n: int, cluster_m: int = 1, cluster_n: int = 1, column_scales: bool = False) -> Tile:
     """The tile of that shape, with everything that follows from the shape.
 
-    Two banks keep a wgmma queued during promotion, and need registers for two chunks; a third warpgroup fills the gap
-    as well and needs none. Shared memory that the result leaves goes to stages.
+    While a warpgroup promotes, something has to be in the tensor cores. Another warpgroup's wgmma will do if it is
+    wide: then one bank is enough, and leaves registers for wide chunks. Every chunk reads a from shared memory anew,
+    which chunks of 64 columns keep busy all the time (docs/facts.md). Narrow tiles, and a sole warpgroup's, have two
+    banks, one of which is queued. Shared memory that the result leaves goes to stages.
     """
-    chunk_n, banks = (block_n, 2) if block_n <= 128 else WIDE[block_n]
-    if block_m == 192:
-        chunk_n, banks = block_n, 1
     if column_scales:
         chunk_n, banks = min(block_n, 64), 2  # scales of a chunk's columns take registers as well
+    elif block_m == 192 or (block_m == 128 and block_n >= 96):
+        chunk_n, banks = block_n if block_n <= 192 else block_n // 2, 1
+    else:
+        chunk_n, banks = (block_n, 2) if block_n <= 128 else WIDE[block_n]
 
     if banks == 1:
-        unroll = 1
+        unroll = 4 if block_m == 128 else 1
     elif block_n == 112:  # whose chunks leave too few registers
         unroll = 4
     elif chunk_n == block_n:

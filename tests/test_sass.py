@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from itertools import groupby
 
 import pytest
 from probe import LOCAL_MEMORY, PROBE, SERIALISED, SETMAXNREG_IGNORED
@@ -86,8 +85,7 @@ def test_nvdisasm_counts_the_same(source: Source):
     assert info.setmaxnreg == names["USETMAXREG"]
 
 
-# Promotions of three warpgroups, interleaved by the compiler at hand (12.9 or newer) and, with its work undone, by us;
-# and of two
+# A promotion of three warpgroups, interleaved by the compiler at hand (12.9 or newer) and, with its work undone, by us
 
 PROMOTION = Source(
     "probe.cu",
@@ -109,7 +107,6 @@ probe(float* out, unsigned long long a, unsigned long long b, int turns) {
 """,
     PROBE.headers,
 )
-OF_TWO = Source(PROMOTION.name, PROMOTION.text.replace("512", "384"), PROMOTION.headers)
 YIELD, REUSE_B = 109, 123  # bits of an instruction; the first is 0 to yield
 
 
@@ -147,40 +144,6 @@ def test_interleaving():
     assert [i for i, _ in changed] == ffmas[1::2]
     text = sass._kernels(before)["probe"]
     assert before[: text.start] == after[: text.start] and before[text.stop :] == after[text.stop :]
-
-
-def test_keeping_scales():
-    """With two warpgroups one FFMA of eight in a run yields; the others stay, and keep an operand that the next has."""
-    for image in (obtain(OF_TWO).image, with_constant_ffmas(obtain(OF_TWO).image)):
-        after = sass.interleave(image)
-        assert sass.interleave(after) == after
-        words = sass._words(after[sass._kernels(after)["probe"]])
-        runs = [list(run) for of_ffmas, run in groupby(words, lambda word: word & 0x1FF == 0x023) if of_ffmas]
-        assert sum(map(len, runs)) == 16 and len(runs) < 4
-        for run in runs:
-            scales = [word >> 32 & 0xFF for word in run] + [-1]
-            for i, word in enumerate(run):
-                stays = i % 8 != 7
-                assert word >> YIELD & 1 == stays
-                assert word >> 122 & 0xF == (2 if stays and scales[i] == scales[i + 1] else 0)
-        assert {bits & ~(1 << YIELD | 0xF << 122) for _, bits in differences(image, after)} <= {0}
-
-
-@pytest.mark.parametrize(
-    "word, following, kept",
-    [
-        ((0x223, 131, 204), (0x223, 130, 204), True),
-        ((0x223, 131, 204), (0x223, 130, 203), False),  # another scale
-        ((0x223, 204, 204), (0x223, 130, 204), False),  # which the first one changes
-        ((0x823, 131, 204), (0x823, 130, 204), False),  # a constant, with the same low bits
-        ((0x223, 131, 204), (0x823, 130, 204), False),
-    ],
-)
-def test_what_may_be_kept(word: tuple[int, int, int], following: tuple[int, int, int], kept: bool):
-    """(opcode and form, register of the result, register of the second operand)"""
-    one, other = (code | result << 16 | second << 32 for code, result, second in (word, following))
-    assert sass._may_keep_second(one, other) is kept
-    assert not sass._may_keep_second(one, 0)
 
 
 @pytest.mark.parametrize("change", [("512", "256"), ("wgmma(partial[i], a + i, b)", "partial[i][i] += a")], ids=str)

@@ -144,7 +144,7 @@ DEVICE void promote(float (&result)[BLOCK_N / 2], float (&partial)[CHUNK_N / 2],
         }
         const float s[2] = {__fmul_rn(scales.a[0], b), __fmul_rn(scales.a[1], b)};
 #pragma unroll
-        for (int row = 0; row < 2; ++row)   // one after the other, so that s stays at the operand's port (runtime/sass.py)
+        for (int row = 0; row < 2; ++row)   // one after the other, so that s stays at the operand's port
 #pragma unroll
             for (int j = 0; j < SCALE_N / 2; ++j) {
                 if (j / 2 % 2 != row) continue;

@@ -201,7 +201,7 @@ class _Job:
             result = sass.interleave(image) if self.interleave else image
         except (IndexError, KeyError, ValueError, struct.error) as error:
             warnings.warn(
-                f"the FFMAs of {self.source.name} stay as the compiler made them, which costs some 2 % of speed: its "
+                f"the FFMAs of {self.source.name} stay as the compiler made them, which may cost some speed: its "
                 f"output cannot be read ({error!r}; {self.compiler}). DG_DISABLE_FFMA_INTERLEAVE=1 silences this",
                 RuntimeWarning,
                 stacklevel=2,

@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 from math import prod
 from pathlib import Path
 
@@ -27,9 +27,6 @@ _OPCODE = 0x1FF
 _STALL, _ONE_CYCLE = 0xF << 105, 1 << 105  # until this warp's next instruction
 _STAY = 1 << 109  # with this warp; 0 yields to another
 _REUSE = 0xF << 122  # the operands that are kept for this warp's next instruction, one bit each
-_FORM, _REGISTERS = 0xE00, 0x200  # of the operands: registers alone, no constant among them
-_REUSE_SECOND = 1 << 123  # the second operand is kept
-_EVERY = 8  # FFMAs, of which one yields
 _EIATTR_MAX_THREADS, _EIATTR_MIN_STACK_SIZE, _EIATTR_REGCOUNT = 0x05, 0x12, 0x2F
 _RESERVED_SMEM_BYTES = 1024  # of every block on sm_90, for the system
 
@@ -89,56 +86,23 @@ def read(image: bytes, entry: str = "fp8_gemm") -> KernelInfo:
 
 
 def interleave(image: bytes) -> bytes:
-    """The image with some FFMAs of a promotion yielding to another warp, and the others keeping their scale.
+    """The image with every other FFMA of a promotion yielding to another warp, as ptxas has it since 12.9.
 
     What yields lets another warpgroup start its wgmmas, but keeps no operands, for those are kept for the next
-    instruction of the same warp; and an operand that is kept need not be read again, beside the accumulators that the
-    tensor cores read. With three warpgroups that promote every other FFMA yields, as ptxas has it since 12.9. With two
-    it pays to yield once in eight of a run (docs/facts.md). Left alone are kernels without wgmmas, those of at most 256
+    instruction of the same warp. It decides with three warpgroups that promote, and makes no difference with two
+    (docs/facts.md). Left alone are kernels of which some yield already, those without wgmmas, those of at most 256
     threads, which have no second warpgroup that promotes, and FFMAs with a longer stall, which yield in any case.
     """
     result = bytearray(image)
     for kernel, text in _kernels(image).items():
         words, threads = _words(image[text]), _max_threads(image, kernel)
         if threads > 256 and any(word & _OPCODE == _QGMMA for word in words):
-            words = _alternate(words)
-            if threads <= 384:
-                words = _keep_scales(words)
+            ffmas = [i for i, word in enumerate(words) if word & (_OPCODE | _STALL) == _FFMA | _ONE_CYCLE]
+            if all(words[i] & _STAY for i in ffmas):
+                for i in ffmas[1::2]:
+                    words[i] &= ~(_STAY | _REUSE)
             result[text] = b"".join(word.to_bytes(16, "little") for word in words)
     return bytes(result)
-
-
-def _is_ffma(word: int) -> bool:
-    return word & (_OPCODE | _STALL) == _FFMA | _ONE_CYCLE
-
-
-def _alternate(words: list[int]) -> list[int]:
-    """Every other FFMA yields, unless there are some that do."""
-    ffmas = [i for i, word in enumerate(words) if _is_ffma(word)]
-    yielding = set(ffmas[1::2] if all(words[i] & _STAY for i in ffmas) else ())
-    return [word & ~(_STAY | _REUSE) if i in yielding else word for i, word in enumerate(words)]
-
-
-def _keep_scales(words: list[int]) -> list[int]:
-    """Of FFMAs that follow one another, one in eight yields, and the others keep the scale that the next one has."""
-    result: list[int] = []
-    for is_ffma, group in groupby(words, _is_ffma):
-        run = list(group)
-        if is_ffma and len(run) > 1:
-            for i, (word, following) in enumerate(pairwise([*run, 0])):
-                keeps = _REUSE_SECOND * _may_keep_second(word, following)
-                result.append(word & ~(_STAY | _REUSE) | (0 if i % _EVERY == _EVERY - 1 else _STAY | keeps))
-        else:
-            result += run
-    return result
-
-
-def _may_keep_second(word: int, following: int) -> bool:
-    """Whether the next instruction's second operand is the same register, and this one leaves it as it is."""
-    if word & _FORM != _REGISTERS or following & _FORM != _REGISTERS:
-        return False
-    result, second, next_second = word >> 16 & 0xFF, word >> 32 & 0xFF, following >> 32 & 0xFF
-    return second == next_second != result
 
 
 def ffma_bits(image: bytes) -> dict[str, str]:
