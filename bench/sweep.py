@@ -151,11 +151,12 @@ def sweep(most: int, limit_s: float) -> list[dict[str, Any]]:
 
 
 def outcomes(path: Path) -> Iterator[Outcome]:
-    """What the cost model chooses for an H200, for every problem of a sweep there."""
+    """What the cost model chooses for every problem of a sweep, on the GPU that was swept."""
     swept = json.loads(path.read_text())
+    gpu = device.named(swept["machine"]["gpu"], swept["machine"]["sms"])
     for row in swept["rows"]:
         us = {name: time for name, time in zip(swept["tiles"].split(" | "), row["us"], strict=True) if time}
-        plan = heuristics.choose(problem_of(row["family"], row["shape"]), device.H200)
+        plan = heuristics.choose(problem_of(row["family"], row["shape"]), gpu)
         name, fastest = plan.tile.name, min(us, key=us.__getitem__)
         yield Outcome(row["family"], row["shape"], name, us.get(name), plan.cost.us, fastest, us[fastest])
 

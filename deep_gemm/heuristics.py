@@ -1,6 +1,6 @@
 """Which tile, and why: what is legal, and a cost model that a launch's time follows. Pure: no CUDA, no measuring.
 
-The constants were fitted to a sweep of every tile on an H200 (docs/facts.md, planner).
+The constants were fitted to sweeps of tiles on an H100 and an H200 (docs/facts.md, planner).
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from .plan import BLOCK_K, Cost, Plan, Tile, make_tile
 from .problem import Kind, Problem
 from .runtime.device import Device
 
-START_US = 2.65  # from one launch to the next
-CLUSTER_START_US = 0.96  # more, if CTAs have to start in pairs
-TENSOR_GHZ = 1.75  # the tensor cores' clock where nothing else limits them
-CLUSTER_DRAG = 1.012  # more time where every stage waits for both CTAs of a cluster
-ONE_BANK = 1.26  # more time where a sole warpgroup waits for its own promotion
-STRADDLE_NS = 3.36  # for a warpgroup to choose the scale of b, for every run of columns that is sure to share one
-SM_BYTES_PER_NS = 113.4  # what the copy engine brings into one SM
-L2_BYTES_PER_NS = 15_570  # what L2 delivers to all of them
-BLOCK_NS = 104.2  # a K block takes, however small, and
-WARPGROUP_NS = 10.25  # for every further warpgroup
-TILE_NS = 713  # from one tile to the next, and
-CONVERT_BYTES_PER_NS = 41.7  # for a warpgroup to hand over its part of the result
-STORE_BYTES_PER_NS = 52  # of the last result, which nothing is left to hide
-HALVED = 0.8  # of a turn of tiles, if it is halves of tiles
-UNEVEN = 0.684  # of a turn that the busiest CTA has more than the mean, where tiles are claimed one by one
-FLOP_PER_US = 1.207e9  # what power allows, at load, and
-CLUSTER_POWER = 1.046  # how much more of it clusters take
-MEMORY_EFFICIENCY = 0.92  # of the rate at which weights can be streamed
+START_US = 2.71  # from one launch to the next
+CLUSTER_START_US = 1.05  # more, if CTAs have to start in pairs
+TENSOR_GHZ = 1.795  # the tensor cores' clock where nothing else limits them
+CLUSTER_DRAG = 1.14  # more time where every stage waits for both CTAs of a cluster
+ONE_BANK = 1.43  # more time where a sole warpgroup waits for its own promotion
+STRADDLE_NS = 3.63  # for a warpgroup to choose the scale of b, for every run of columns that is sure to share one
+SM_BYTES_PER_NS = 109.1  # what the copy engine brings into one SM
+L2_BYTES_PER_NS = 14_890  # what L2 delivers to all of them
+BLOCK_NS = 94.4  # a K block takes, however small, and
+WARPGROUP_NS = 13.3  # for every further warpgroup
+TILE_NS = 535  # from one tile to the next, and
+CONVERT_BYTES_PER_NS = 41.1  # for a warpgroup to hand over its part of the result
+STORE_BYTES_PER_NS = 39  # of the last result, which nothing is left to hide
+HALVED = 0.922  # of a turn of tiles, if it is halves of tiles
+UNEVEN = 0.765  # of a turn that the busiest CTA has more than the mean, where tiles are claimed one by one
+FLOP_PER_US = 1.278e9  # what power allows, at load, and
+CLUSTER_POWER = 1.078  # how much more of it clusters take
+MEMORY_EFFICIENCY = 0.837  # of the rate at which weights can be streamed
 DEFAULT = Config()
 _SPREAD = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
-SHARPNESS = 9.875  # of the norms that stand for "the slowest decides, and the next slowest disturbs it"
+SHARPNESS = 9.01  # of the norms that stand for "the slowest decides, and the next slowest disturbs it"
 
 
 @cache

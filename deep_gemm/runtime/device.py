@@ -42,6 +42,11 @@ def memory_gbps(name: str) -> float:
     return H200.memory_gbps if "H200" in name else 3000
 
 
+def named(name: str, num_sms: int) -> Device:
+    """The model of a Hopper GPU of that name."""
+    return Device(name, HOPPER, num_sms, MAX_SMEM_BYTES, memory_gbps(name))
+
+
 def current(index: int | None = None) -> Device:
     """The CUDA device of that index (the current one if None).
 
