@@ -475,6 +475,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"M={m}: ours / {FORK} {mean:.3f} (geometric mean)")
     for family, mean in family_means(rows).items():
         print(f"{family}: ours / {mean.other} {mean.ratio:.3f} (geometric mean)")
+    complete = set(args.m) >= set(MS) and set(args.family) == set(FAMILIES)
+    complete = complete and not (args.n or args.k or args.quick or args.no_sustained)
+    folder: Path | None = args.output or (RESULTS if complete else None)
+    used = {FORK: peer.version} if peer else {}
+    about = {"time": started.isoformat(timespec="seconds"), "note": args.note, **commit(), "machine": gpu}
+    about |= {"versions": versions() | used}
+    path = folder / f"{started.date()}-{slug(gpu['gpu'])}.json" if folder else None
+    if path:  # what was measured so far is not to be lost with what follows
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(as_text(about, rows))
     host = {
         "first_call_s": first_call_s(),
         "compile_all_s": compile_all_s(),
@@ -483,14 +493,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(f"{host}\n{(datetime.now(timezone.utc) - started).total_seconds():.0f} s")
 
-    complete = set(args.m) >= set(MS) and set(args.family) == set(FAMILIES)
-    complete = complete and not (args.n or args.k or args.quick or args.no_sustained)
-    if folder := args.output or (RESULTS if complete else None):
-        used = {FORK: peer.version} if peer else {}
-        about = {"time": started.isoformat(timespec="seconds"), "note": args.note, **commit(), "machine": gpu}
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{started.date()}-{slug(gpu['gpu'])}.json"
-        path.write_text(as_text(about | {"versions": versions() | used} | host, rows))
+    if path:
+        path.write_text(as_text(about | host, rows))
         print(path)
     return int(any("error" in row for row in rows))
 
