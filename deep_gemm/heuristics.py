@@ -1,6 +1,6 @@
 """Which tile, and why: what is legal, and a cost model that a launch's time follows. Pure: no CUDA, no measuring.
 
-The constants were fitted to sweeps of tiles on an H100 and an H200 (docs/facts.md, planner).
+The constants were fitted to sweeps of tiles on an H200 (docs/facts.md, planner).
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from .plan import BLOCK_K, Cost, Plan, Tile, make_tile
 from .problem import Kind, Problem
 from .runtime.device import Device
 
-START_US = 2.71  # from one launch to the next
-CLUSTER_START_US = 1.05  # more, if CTAs have to start in pairs
-TENSOR_GHZ = 1.795  # the tensor cores' clock where nothing else limits them
-CLUSTER_DRAG = 1.14  # more time where every stage waits for both CTAs of a cluster
-ONE_BANK = 1.43  # more time where a sole warpgroup waits for its own promotion
-STRADDLE_NS = 3.63  # for a warpgroup to choose the scale of b, for every run of columns that is sure to share one
-SM_BYTES_PER_NS = 109.1  # what the copy engine brings into one SM
-L2_BYTES_PER_NS = 14_890  # what L2 delivers to all of them
-BLOCK_NS = 94.4  # a K block takes, however small, and
-WARPGROUP_NS = 13.3  # for every further warpgroup
-TILE_NS = 535  # from one tile to the next, and
-CONVERT_BYTES_PER_NS = 41.1  # for a warpgroup to hand over its part of the result
-STORE_BYTES_PER_NS = 39  # of the last result, which nothing is left to hide
-HALVED = 0.922  # of a turn of tiles, if it is halves of tiles
-UNEVEN = 0.765  # of a turn that the busiest CTA has more than the mean, where tiles are claimed one by one
-FLOP_PER_US = 1.278e9  # what power allows, at load, and
-CLUSTER_POWER = 1.078  # how much more of it clusters take
-MEMORY_EFFICIENCY = 0.837  # of the rate at which weights can be streamed
+START_US = 2.63  # from one launch to the next
+CLUSTER_START_US = 1.19  # more, if CTAs have to start in pairs
+TENSOR_GHZ = 1.8  # the tensor cores' clock where nothing else limits them
+CLUSTER_DRAG = 1.03  # more time where every stage waits for both CTAs of a cluster
+ONE_BANK = 1.67  # more time where a sole warpgroup waits for its own promotion
+STRADDLE_NS = 5.09  # for a warpgroup to choose the scale of b, for every run of columns that has a choice
+SM_BYTES_PER_NS = 111  # what the copy engine brings into one SM
+L2_BYTES_PER_NS = 15_080  # what L2 delivers to all of them
+BLOCK_NS = 96.2  # a K block takes, however small, and
+WARPGROUP_NS = 6.5  # for every further warpgroup
+TILE_NS = 529  # from one tile to the next, and
+CONVERT_BYTES_PER_NS = 32.4  # for a warpgroup to hand over its part of the result
+STORE_BYTES_PER_NS = 38.2  # of the last result, which nothing is left to hide
+HALVED = 0.85  # of a turn of tiles, if it is upper and lower halves of tiles
+NARROWED = 0.6  # the same of left and right ones
+UNEVEN = 0.72  # of a turn that the busiest CTA has more than the mean, where tiles are claimed one by one
+FLOP_PER_US = 1.296e9  # what power allows, at load, and
+CLUSTER_POWER = 0.985  # of it that clusters take, which read less from L2
+MEMORY_EFFICIENCY = 0.893  # of the rate at which weights can be streamed
 DEFAULT = Config()
 _SPREAD = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
-SHARPNESS = 9.01  # of the norms that stand for "the slowest decides, and the next slowest disturbs it"
+SHARPNESS = 8.73  # of the norms that stand for "the slowest decides, and the next slowest disturbs it"
 
 
 @cache
@@ -47,10 +48,11 @@ def tiles(column_scales: bool = False) -> tuple[Tile, ...]:
     """Every tile that a kernel can be compiled for, that is, without spilling registers."""
     if column_scales:
         return tuple(make_tile(m, n, column_scales=True) for m in (64, 128) for n in (32, 64, 128))
-    widths = [n for n in range(16, 257, 16) if n not in (208, 240)]  # whose halves share few scales; never the fastest
-    shapes = [(m, n) for m in (64, 128, 192) for n in widths if m < 192 or n <= 128]
-    clusters = ((1, 1), (2, 1), (1, 2))
-    return tuple(make_tile(m, n, *c) for m, n in shapes for c in clusters if (m, n, c) != (128, 256, (1, 2)))
+    widths = [n for n in range(16, 257, 16) if n not in (208, 240)]
+    shapes = [*((m, n) for m in (64, 128) for n in widths), (192, 96), (192, 128)]
+    every = (make_tile(m, n, *cluster) for m, n in shapes for cluster in ((1, 1), (2, 1), (1, 2)))
+    # What is left out was the fastest for none of the problems that were swept; or, of 128x256, spills.
+    return tuple(t for t in every if t.cluster_n == 1 or (t.ranges == 1 and (t.block_m, t.block_n) != (128, 256)))
 
 
 class _Table:
@@ -70,12 +72,19 @@ class _Table:
         self.tensor_ns = area / 32 / TENSOR_GHZ * drag * np.where(self.cluster > 1, CLUSTER_DRAG, 1)
         self.power = np.where(self.cluster > 1, CLUSTER_POWER, 1)
         self.latency_ns = BLOCK_NS + WARPGROUP_NS * (self.block_m // 64 - 1)
-        self.straddle_ns = column(
-            lambda t: 0 if t.block_n % 128 == 0 else STRADDLE_NS * t.warpgroups * t.block_n / gcd(t.chunk_n, 128)
-        )
+        self.straddle_ns = STRADDLE_NS * column(lambda t: t.warpgroups * _choices(t))
+        self.halved = column(lambda t: NARROWED if t.narrows else HALVED)
         self.tile_ns = TILE_NS + 64 * self.block_n * 2 / CONVERT_BYTES_PER_NS
         self.start_us = START_US + np.where(self.cluster > 1, CLUSTER_START_US, 0)
         self.end_us = area * 2 / STORE_BYTES_PER_NS / 1e3
+
+
+def _choices(tile: Tile) -> float:
+    """Runs of columns whose scale of b has to be chosen."""
+    run = gcd(tile.chunk_n, 128)
+    if tile.block_n % 128 == 0:
+        return 0
+    return tile.block_n / run if tile.ranges == 1 else 2 * (128 / tile.ranges / run - 1)
 
 
 @cache
@@ -97,7 +106,7 @@ class _Costs:
         known = problem.kind in (Kind.DENSE, Kind.CONTIGUOUS)  # else there may be more tiles than expected
         turns, rest = count // clusters, count % clusters
         halved = (turns > 0) & (rest * 2 <= clusters) & (table.block_m == 128) & known
-        shared_out = turns + np.where(halved, HALVED, 1) * (rest > 0)
+        shared_out = turns + np.where(halved, table.halved, 1) * (rest > 0)
         claimed = np.maximum(1, count / clusters + UNEVEN * (count > clusters))
         self.waves = np.where(alike, shared_out, claimed)
         self.clusters = np.minimum(clusters, count).astype(np.int64) if known else clusters

@@ -66,6 +66,21 @@ class Tile:
         return self.cluster_m * self.cluster_n
 
     @property
+    def narrows(self) -> bool:
+        """Whether only the first of two chunks is loaded, multiplied and stored where no more columns are wanted."""
+        return self.banks == 1 and self.block_n == 2 * self.chunk_n and self.chunk_n % self.store_n == 0
+
+    @property
+    def ranges(self) -> int:
+        """Main loops, for so many ranges of the column where a tile's second scale of b begins."""
+        return 4 if self.warpgroups == 2 and self.banks == 1 and gcd(self.chunk_n, 128) < 64 else 1
+
+    @property
+    def b_rows(self) -> int:
+        """Rows of b that one copy brings."""
+        return self.chunk_n if self.narrows else self.block_n // self.cluster_m
+
+    @property
     def store_n(self) -> int:
         """Columns of one store of d: 128, 64 or 32 bytes, the width of its swizzle."""
         return gcd(self.block_n, 64)
@@ -91,7 +106,7 @@ class Tile:
         operands = (self.block_m + self.block_n) * BLOCK_K
         result = 128 if self.column_scales else self.block_m * self.block_n * 2
         scales = self.block_m * 4 + (self.block_n * 4 if self.column_scales else 16)
-        tiles_and_barriers = 4 * 36 + ((self.stages + 4 + 1) * 2 + 2) * 8
+        tiles_and_barriers = 4 * 40 + ((self.stages + 4 + 1) * 2 + 2) * 8
         return align(self.stages * (operands + scales) + result + tiles_and_barriers, 1024)
 
     @property
@@ -105,6 +120,8 @@ class Tile:
         constants = {f.name: getattr(self, f.name) for f in fields(self)} | {
             "warpgroups": self.warpgroups,
             "store_m": self.store_m,
+            "narrows": self.narrows,
+            "ranges": self.ranges,
             "counters": COUNTERS,
             "smem_bytes": self.smem_bytes,
             "consumer_registers": consumer,

@@ -57,7 +57,8 @@ template <bool PLAIN> DEVICE void load(const Args& args, SharedStorage& smem, Ti
     const uint32_t rank = CLUSTER > 1 ? cluster_rank() : 0;
     const uint32_t rows = tile.end > tile.m ? min(tile.end - tile.m, uint32_t(BLOCK_M)) : 0;
     const uint32_t loaded = CLUSTER_N == 2 ? problem.box_rows * 2 : rows <= problem.box_rows ? problem.box_rows : round_up(rows, problem.box_rows);
-    const uint32_t bytes = (loaded + BLOCK_N) * BLOCK_K + problem.scale_rows * 4 + (COLUMN_SCALES ? BLOCK_N * 4 : 0);
+    const bool narrow = NARROWS && tile.right - tile.n <= CHUNK_N;  // the first chunk's columns are all there are
+    const uint32_t bytes = (loaded + (narrow ? CHUNK_N : BLOCK_N)) * BLOCK_K + problem.scale_rows * 4 + (COLUMN_SCALES ? BLOCK_N * 4 : 0);
     const uint32_t scale_row = tile.n / 128, scale_rows = (problem.n + 127) / 128;
     const uint32_t late = !problem.counter ? ~0u : tile.k_blocks > CLAIM_AHEAD ? tile.k_blocks - CLAIM_AHEAD : 0;
     const float* b_scales = problem.b_scales + tile.group * problem.b_scale_stride_g + scale_row * problem.b_scale_stride_n;
@@ -78,13 +79,13 @@ template <bool PLAIN> DEVICE void load(const Args& args, SharedStorage& smem, Ti
 #pragma unroll 1
             for (uint32_t row = problem.box_rows; row < rows; row += problem.box_rows)
                 tensor_load(a + row * BLOCK_K, a_map, k, tile.m + row, a_group, full);
-        if (CLUSTER_M == 2 && tile.apart) {
+        if (CLUSTER_M == 1 || tile.apart) {
             tensor_load(b, b_map, k, tile.n, b_group, full);
-            tensor_load(b + BLOCK_N / 2 * BLOCK_K, b_map, k, tile.n + BLOCK_N / 2, b_group, full);
-        } else if constexpr (CLUSTER_M == 2)
+            if ((NARROWS || CLUSTER_M == 2) && !narrow)
+                tensor_load(b + BLOCK_N / 2 * BLOCK_K, b_map, k, tile.n + BLOCK_N / 2, b_group, full);
+        } else if (rank == 0 || !narrow) {
             tensor_load_multicast(b + rank * (BLOCK_N / 2 * BLOCK_K), b_map, k, tile.n + rank * (BLOCK_N / 2), b_group, full, 3);
-        else
-            tensor_load(b, b_map, k, tile.n, b_group, full);
+        }
         tensor_load(shared_address(smem.a_scales[stage]), args.a_scales, tile.m, tile.k / 128 + block, a_group, full);
         if constexpr (COLUMN_SCALES) {
             tensor_load(shared_address(smem.b_scales[stage]), args.b_scales, tile.n, tile.k / 128 + block, b_group, full);
@@ -132,7 +133,8 @@ struct ColumnScales {
 };
 
 // Adds a chunk's partial sum to the result: s = rn(scale_a * scale_b), result = fma(s, partial, result).
-// `boundary` is the tile's first column that belongs to the second scale column.
+// `boundary` is the tile's first column that belongs to the second scale column, somewhere from LOW to HIGH.
+template <int LOW, int HIGH>
 DEVICE void promote(float (&result)[BLOCK_N / 2], float (&partial)[CHUNK_N / 2], const Scales& scales, int chunk, int boundary) {
 #pragma unroll
     for (int i = 0; i < CHUNK_N; i += SCALE_N) {
@@ -140,7 +142,10 @@ DEVICE void promote(float (&result)[BLOCK_N / 2], float (&partial)[CHUNK_N / 2],
         float b = scales.b[BLOCK_N % 128 == 0 ? column / 128 : 0];
         if constexpr (BLOCK_N % 128 != 0) {
 #pragma unroll
-            for (int j = 1; j < B_SCALES; ++j) b = column >= boundary + (j - 1) * 128 ? scales.b[j] : b;
+            for (int j = 1; j < B_SCALES; ++j) {
+                const int beyond = column - (j - 1) * 128;
+                if (beyond >= HIGH || (beyond >= LOW && beyond >= boundary)) b = scales.b[j];
+            }
         }
         const float s[2] = {__fmul_rn(scales.a[0], b), __fmul_rn(scales.a[1], b)};
 #pragma unroll
@@ -166,7 +171,7 @@ DEVICE void promote(float (&result)[BLOCK_N / 2], float (&partial)[CHUNK_N / 2],
 
 class Consumer {
     SharedStorage& smem;
-    uint32_t warp, lane, row;                       // row: the first of this thread's two, within the tile
+    uint32_t warp, lane;
     uint32_t peer_empty;                            // the address of `empty` in the other CTA of the cluster
     Pipeline pipe;
     float partial[BANKS][CHUNK_N / 2] = {};         // what the tensor cores add up
@@ -181,8 +186,9 @@ class Consumer {
 
     // Queues the four wgmma of one chunk.
     DEVICE void multiply(float (&bank)[CHUNK_N / 2], uint32_t stage, int chunk) {
-        const uint64_t a = matrix_descriptor(shared_address(smem.a[stage]) + warp / 4 * (64 * BLOCK_K));
-        const uint64_t b = matrix_descriptor(shared_address(smem.b[stage]) + chunk * (CHUNK_N * BLOCK_K));
+        constexpr uint32_t ROW = BLOCK_K / 16;      // units of a row
+        const uint64_t a = matrix_descriptor(shared_address(smem.a) / 16 + (stage * BLOCK_M + warp / 4 * 64) * ROW);
+        const uint64_t b = matrix_descriptor(shared_address(smem.b) / 16 + (stage * BLOCK_N + chunk * CHUNK_N) * ROW);
         pin(bank);
         wgmma_fence();
 #pragma unroll
@@ -207,6 +213,8 @@ class Consumer {
     }
 
 public:
+    uint32_t row;                                   // the first of this thread's two, within the tile
+
     DEVICE explicit Consumer(SharedStorage& storage) : smem(storage) {
         warp = warp_index(), lane = threadIdx.x % 32, row = warp * 16 + lane / 4;
         if constexpr (CLUSTER > 1) peer_empty = cluster_address(shared_address(smem.empty), cluster_rank() ^ 1);
@@ -223,7 +231,8 @@ public:
 
     // Multiplies and promotes BLOCKS K blocks. With two banks a chunk is promoted while the next one is in the tensor cores; the
     // last one is waited for, since ptxas serialises wgmma whose accumulators are in flight on a loop's back edge.
-    template <int BLOCKS> DEVICE void accumulate(float (&result)[BLOCK_N / 2], int boundary) {
+    template <int BLOCKS, int CHUNKS = ::CHUNKS, int LOW = 1, int HIGH = 128>
+    DEVICE void accumulate(float (&result)[BLOCK_N / 2], int boundary) {
         constexpr int STEPS = BLOCKS * CHUNKS;
         uint32_t stages[BLOCKS];                    // of each K block
         Scales scales[BLOCKS];
@@ -251,7 +260,7 @@ public:
             pin(partial[done % BANKS]);
             if (done % CHUNKS == CHUNKS - 1) release(stages[done / CHUNKS]);
             if constexpr (COLUMN_SCALES) promote(result, partial[done % BANKS], scales[done / CHUNKS], columns, done % CHUNKS);
-            else promote(result, partial[done % BANKS], scales[done / CHUNKS], done % CHUNKS, boundary);
+            else promote<LOW, HIGH>(result, partial[done % BANKS], scales[done / CHUNKS], done % CHUNKS, boundary);
         }
     }
 
@@ -271,29 +280,19 @@ public:
 #pragma unroll
             for (int j = 0; j < 8; ++j) r[j] = zero();
         }
-        store_fence();
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_address(&smem.d_full));
     }
-
-    // Adds the tile to c, in FP32, and writes it to d.
-    DEVICE void store_sum(const Problem& problem, float (&result)[BLOCK_N / 2], uint32_t m, uint32_t end, uint32_t n, uint32_t batch) const {
-#pragma unroll
-        for (int j = 0; j < BLOCK_N / 4; ++j) {
-            const uint32_t r = m + row + j % 2 * 8, column = n + j / 2 * 8 + lane % 4 * 2;
-            if (r >= end || column >= problem.n) continue;
-            const int64_t offset = batch * problem.d_stride_g + r * problem.d_stride_m + column;
-            float2 sum{result[j * 2], result[j * 2 + 1]};
-            if (problem.c) {
-                const float2 c = *reinterpret_cast<const float2*>(problem.c + offset);
-                sum.x = __fadd_rn(c.x, sum.x), sum.y = __fadd_rn(c.y, sum.y);
-            }
-            *reinterpret_cast<float2*>(static_cast<float*>(problem.d) + offset) = sum;
-        }
-#pragma unroll
-        for (float& r : result) r = 0;
-    }
 };
+
+// Multiplies and promotes K blocks, UNROLL at a time. Choosing a scale for every short run of columns takes longer than can be
+// hidden: then there is a loop for each of RANGES ranges of the boundary, in which few columns have a choice.
+template <int LOW> DEVICE void accumulate_most(Consumer& consumer, float (&result)[BLOCK_N / 2], uint32_t& blocks, int boundary) {
+    constexpr int HIGH = LOW - 1 + 128 / RANGES;
+    if constexpr (HIGH < 128)
+        if (any(boundary > HIGH)) return accumulate_most<HIGH + 1>(consumer, result, blocks, boundary);
+    for (; any(blocks >= UNROLL); blocks -= UNROLL) consumer.accumulate<UNROLL, CHUNKS, LOW, HIGH>(result, boundary);
+}
 
 DEVICE void consume(const Args& args, SharedStorage& smem) {
     Consumer consumer(smem);
@@ -302,17 +301,20 @@ DEVICE void consume(const Args& args, SharedStorage& smem) {
         const Tile& tile = tiles.get();
         if (uniform(tile.rows) == Tile::NONE) break;
         const uint32_t m = tile.m, end = tile.end, n = tile.n, batch = tile.batch;
+        const bool narrow = NARROWS && tile.right - n <= CHUNK_N;
         const bool has_rows = consumer.has_rows(m, end);
         uint32_t blocks = has_rows ? tile.k_blocks : 0, skipped = has_rows ? 0 : tile.k_blocks;
         tiles.release();
         const int boundary = 128 - n % 128;
         // Loops that end by a vote are uniform to ptxas. By a number read from memory they are not, and then it computes stages,
         // phases and descriptors in every thread, and moves them to uniform registers before each wgmma (docs/facts.md).
-        for (; any(blocks >= UNROLL); blocks -= UNROLL) consumer.accumulate<UNROLL>(result, boundary);
+        if constexpr (NARROWS)
+            for (; any(narrow && blocks > 0); --blocks) consumer.accumulate<1, 1>(result, boundary);
+        accumulate_most<1>(consumer, result, blocks, boundary);
         if constexpr (UNROLL > 1)
             for (; any(blocks > 0); --blocks) consumer.accumulate<1>(result, boundary);
         for (; any(skipped > 0); --skipped) consumer.skip();
-        if constexpr (COLUMN_SCALES) consumer.store_sum(args.problem, result, m, end, n, batch);
+        if constexpr (COLUMN_SCALES) store_sum(args.problem, result, m + consumer.row, end, n, batch);
         else consumer.store(result, tiles.index);
     }
 }

@@ -46,7 +46,7 @@ struct Tile {
     uint32_t m, n;            // first row and column of this CTA's output
     uint32_t group;           // of b
     uint32_t batch;           // of a and d: the group where each has its own rows, else 0
-    uint32_t end;             // rows from here on are nobody's
+    uint32_t end, right;      // rows and columns from here on are nobody's
     uint32_t k;               // first column
     uint32_t k_blocks;        // blocks of 128 along K, the last one zero-filled
     uint32_t apart;           // not 0: the CTA beside it along M has a tile of another b
@@ -104,7 +104,7 @@ class Scheduler {
         const uint32_t column = height == 1 ? in_band : in_band / height, row = top + in_band - column * height;
         const uint32_t rank = CLUSTER > 1 ? cluster_rank() : 0;
         tile.m = (row * CLUSTER_M + rank / CLUSTER_N) * BLOCK_M;
-        tile.n = (column * CLUSTER_N + rank % CLUSTER_N) * BLOCK_N;
+        tile.n = (column * CLUSTER_N + rank % CLUSTER_N) * BLOCK_N, tile.right = problem.n;
     }
 
     // Every one of `total` tiles is followed by a claim of its cluster's. Who makes the last one leaves 0 for the next launch. (A
@@ -141,7 +141,8 @@ public:
     DEVICE void next_of_all(Tile& tile) {
         const uint32_t rows = (problem.m - 1) / HEIGHT + 1, tiles = rows * columns, clusters = gridDim.x / CLUSTER;
         const uint32_t rank = blockIdx.x / CLUSTER, turn = number - rank;  // the first tile of all clusters' turn
-        // In the last turn, where no more than half of the clusters would have a tile, two share one: its upper and lower 64 rows.
+        // In the last turn, where no more than half of the clusters would have a tile, two share one: its left and right chunk,
+        // each of which takes half the time; if chunks can not be stored by themselves, its upper and lower 64 rows.
         const bool halved = BLOCK_M == 128 && turn > 0 && turn < tiles && (tiles - turn) * 2 <= clusters;
         const uint32_t i = halved ? turn + rank / 2 : number;
         tile.rows = i < tiles ? Tile::TOGETHER : Tile::NONE;
@@ -149,8 +150,8 @@ public:
         place(tile, i, rows);
         tile.group = tile.batch = tile.k = tile.apart = 0, tile.end = problem.m, tile.k_blocks = (problem.k + 127) / 128;
         if (halved) {
-            tile.m += rank % 2 * 64;
-            tile.end = min(tile.end, tile.m + 64);
+            if (NARROWS) tile.n += rank % 2 * CHUNK_N, tile.right = min(tile.right, tile.n + CHUNK_N);
+            else tile.m += rank % 2 * 64, tile.end = min(tile.end, tile.m + 64);
         }
     }
 

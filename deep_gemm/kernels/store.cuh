@@ -1,4 +1,4 @@
-// From shared memory to d: finished tiles, and zeros for padding rows.
+// To d: finished tiles from shared memory, FP32 sums from registers, and zeros for padding rows.
 #pragma once
 #include "config.cuh"
 #include "ptx/tma.cuh"
@@ -22,14 +22,16 @@ DEVICE void write_rows(const Problem& problem, const SharedStorage& smem, const 
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
             const uint32_t i = first + j * 32, row = i / UNITS, column = i % UNITS * 8;
-            if (owned[j] && i < to * UNITS && tile.n + column < problem.n)
+            if (owned[j] && i < to * UNITS && tile.n + column < tile.right)
                 *reinterpret_cast<uint4*>(d + row * problem.d_stride_m + column) = values[j];
         }
     }
 }
 
 // Sends finished tiles to d: by the copy engine what makes whole boxes, row by row what is left. A warp of its own, since issuing
-// a store waits while the copy engine is busy.
+// a store waits while the copy engine is busy. The proxy fence may stand on either side of the barrier, as long as it is in the
+// CTA of the copy (Lustig, Cooksey, Giroux: Mixed-Proxy Extensions for the NVIDIA PTX Memory Consistency Model, section 5.4);
+// here nobody who multiplies waits for it.
 DEVICE void write_back(const Args& args, SharedStorage& smem) {
     tensor_prefetch(args.d);
     for (Tiles tiles(smem);; tiles.release()) {
@@ -39,11 +41,12 @@ DEVICE void write_back(const Args& args, SharedStorage& smem) {
         const uint32_t boxed = tile.rows == Tile::SCATTERED ? 0 : tile.end == args.problem.m ? rows : rows / STORE_M * STORE_M;
         wait(smem.d_full, tiles.index % 2);
         if (elect_one()) {
+            store_fence();
 #pragma unroll 1
             for (uint32_t row = 0; row < boxed; row += STORE_M)
 #pragma unroll
                 for (int column = 0; column < BLOCK_N; column += STORE_N)
-                    if (tile.n + column < args.problem.n)
+                    if (tile.n + column < tile.right)
                         tensor_store(args.d, tile.n + column, tile.m + row, tile.batch,
                                      shared_address(smem.d[column / STORE_N]) + row * (STORE_N * 2));
             store_commit();
@@ -53,6 +56,24 @@ DEVICE void write_back(const Args& args, SharedStorage& smem) {
         if (boxed < rows) write_rows(args.problem, smem, tile, boxed, rows);
         barrier_arrive(shared_address(&smem.d_empty));
     }
+}
+
+// Adds FP32 sums to c and writes them to d: those of a thread, whose rows are `row` and `row` + 8. Leaves zeros.
+DEVICE void store_sum(const Problem& problem, float (&result)[BLOCK_N / 2], uint32_t row, uint32_t end, uint32_t n, uint32_t batch) {
+#pragma unroll
+    for (int j = 0; j < BLOCK_N / 4; ++j) {
+        const uint32_t r = row + j % 2 * 8, column = n + j / 2 * 8 + lane_index() % 4 * 2;
+        if (r >= end || column >= problem.n) continue;
+        const int64_t offset = batch * problem.d_stride_g + r * problem.d_stride_m + column;
+        float2 sum{result[j * 2], result[j * 2 + 1]};
+        if (problem.c) {
+            const float2 c = *reinterpret_cast<const float2*>(problem.c + offset);
+            sum.x = __fadd_rn(c.x, sum.x), sum.y = __fadd_rn(c.y, sum.y);
+        }
+        *reinterpret_cast<float2*>(static_cast<float*>(problem.d) + offset) = sum;
+    }
+#pragma unroll
+    for (float& r : result) r = 0;
 }
 
 // Fills rows of d with zeros.

@@ -314,7 +314,7 @@ def _args(cuda: Any, plan: Plan, o: Operands) -> tuple[_Args, list[str]]:
     a, b = (x if x.dim() > 1 else x[: size * k].view(size, k) for x, size in ((o.a, problem.m), (o.b, n)))
     encoded = ["a", "b", "a_scales"]
     _tensor_map(cuda, args.a, a, byte, (BLOCK_K, rows), swizzle_128)
-    _tensor_map(cuda, args.b, b, byte, (BLOCK_K, tile.block_n // tile.cluster_m), swizzle_128)
+    _tensor_map(cuda, args.b, b, byte, (BLOCK_K, tile.b_rows), swizzle_128)
     _tensor_map(cuda, args.a_scales, o.a_scales.mT, float32, (scale_rows, 1), unswizzled)
     if tile.column_scales:
         _tensor_map(cuda, args.b_scales, o.b_scales.mT, float32, (tile.block_n, 1), unswizzled)

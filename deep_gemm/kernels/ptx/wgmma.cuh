@@ -4,10 +4,13 @@
 #include "base.cuh"
 
 // Shared-memory descriptor of a K-major operand with rows of 128 bytes under the 128-byte swizzle: groups of 8 rows lie 1024
-// bytes apart. K=32 further along the row is +2, 8 rows further down is +64.
+// bytes apart. `unit` is its address in units of 16 bytes. K=32 further along the row is +2, 8 rows further down is +64: two
+// halves, of which only the lower one differs, take ptxas fewer instructions than shifts of 64 bits.
 // Source: PTX ISA, "Asynchronous warpgroup level matrix shared memory layout".
-DEVICE uint64_t matrix_descriptor(uint32_t address) {
-    return (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32) | (uint64_t(1) << 16) | ((address & 0x3ffff) >> 4);
+DEVICE uint64_t matrix_descriptor(uint32_t unit) {
+    uint64_t descriptor;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(1 << 16 | unit), "r"(1 << 30 | 1024 / 16));
+    return descriptor;
 }
 
 // wgmma.fence: orders register writes before the next wgmma
