@@ -130,7 +130,7 @@ def test_ranking_starts_with_the_choice():
 MANY_ROWS, FEW_ROWS = "h200", "h200-few-rows"
 
 
-@pytest.mark.parametrize("names, mean, worst", [((MANY_ROWS,), 1.013, 1.1), ((MANY_ROWS, FEW_ROWS), 1.015, 1.2)])
+@pytest.mark.parametrize("names, mean, worst", [((MANY_ROWS,), 1.01, 1.1), ((MANY_ROWS, FEW_ROWS), 1.013, 1.2)])
 def test_choices_hold_against_a_sweep(names: tuple[str, ...], mean: float, worst: float):
     """What the chosen tiles took, beside the fastest of all, and beside what the model foretold."""
     found = [x for name in names for x in sweep.outcomes(max(sweep.SWEEPS.glob(f"*[0-9]-{name}.json")))]
