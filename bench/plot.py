@@ -111,7 +111,7 @@ def draw_bars(axes: Axes, rows: Sequence[Row], names: Sequence[str], title: str)
     axes.set_xlabel("TFLOPS")
     axes.set_title(title, loc="left")
     axes.margins(x=0.08)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.12), ncol=2, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.35, -0.12), ncol=2, frameon=False)
 
 
 def draw(results: Row, folder: Path) -> list[Path]:
