@@ -127,6 +127,15 @@ def test_ranking_starts_with_the_choice():
     assert [p.cost.us for p in ranked] == sorted(p.cost.us for p in ranked)
 
 
+@pytest.mark.parametrize("block_m, widest", [(64, 256), (128, 256), (192, 128)])
+def test_every_block_size_multiple_that_has_a_tile_finds_one(block_m: int, widest: int):
+    """Whatever sweeps say of its speed: a process that restricts tiles does so for its own reasons."""
+    for block_n in range(16, widest + 1, 16):
+        if block_n not in (208, 240):
+            tile = heuristics.choose(Problem(4096, 4096, 512), H200, Config(block_m=block_m, block_n=block_n)).tile
+            assert tile.block_m % block_m == tile.block_n % block_n == 0
+
+
 MANY_ROWS, FEW_ROWS = "h200", "h200-few-rows"
 
 
