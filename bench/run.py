@@ -482,9 +482,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = {"time": started.isoformat(timespec="seconds"), "note": args.note, **commit(), "machine": gpu}
     about |= {"versions": versions() | used}
     path = folder / f"{started.date()}-{slug(gpu['gpu'])}.json" if folder else None
-    if path:  # what was measured so far is not to be lost with what follows
+    if path:  # rows are not to be lost with what follows; nor a whole file of that name to half a one
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(as_text(about, rows))
+        part = path.with_name(path.name + ".part")
+        part.write_text(as_text(about, rows))
     host = {
         "first_call_s": first_call_s(),
         "compile_all_s": compile_all_s(),
@@ -494,7 +495,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{host}\n{(datetime.now(timezone.utc) - started).total_seconds():.0f} s")
 
     if path:
-        path.write_text(as_text(about | host, rows))
+        part = path.with_name(path.name + ".part")
+        part.write_text(as_text(about | host, rows))
+        part.replace(path)
         print(path)
     return int(any("error" in row for row in rows))
 

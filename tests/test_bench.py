@@ -113,6 +113,32 @@ def test_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "needs a Hopper GPU" in capsys.readouterr().err
 
 
+def test_rows_outlive_a_benchmark_that_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """While the host is timed they lie beside the file of an earlier run, which only a whole one replaces."""
+    monkeypatch.setattr(run, "on_hopper", lambda program: True)
+    monkeypatch.setattr(run, "machine", lambda: {"gpu": "NVIDIA H200", "l2_bytes": 1})
+    monkeypatch.setattr(run, "measure", lambda *given: results(1.0)["rows"][0])
+    for name in ("compile_all_s", "eager_call_us", "layout_share_of_copy"):
+        monkeypatch.setattr(run, name, dict)
+    arguments = ["--family", "dense", "--m", "4096", "--n", "2112", "--output", str(tmp_path)]
+
+    def ended():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "first_call_s", dict)
+    assert run.main(arguments) == 0
+    (whole,) = tmp_path.iterdir()
+    before = whole.read_text()
+    monkeypatch.setattr(run, "first_call_s", ended)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(arguments)
+    assert whole.read_text() == before
+    assert len(json.loads((tmp_path / f"{whole.name}.part").read_text())["rows"]) == 1
+    monkeypatch.setattr(run, "first_call_s", dict)
+    assert run.main(arguments) == 0
+    assert list(tmp_path.iterdir()) == [whole]
+
+
 @pytest.mark.gpu
 def test_a_row_on_the_gpu():
     row = run.measure(Problem(64, 2112, 7168), torch.cuda.get_device_properties(0).L2_cache_size, 1, False)
