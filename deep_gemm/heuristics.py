@@ -37,6 +37,11 @@ NARROWED = 0.6  # the same of left and right ones
 UNEVEN = 0.72  # of a turn that the busiest CTA has more than the mean, where tiles are claimed one by one
 FLOP_PER_US = 1.296e9  # what power allows, at load, and
 CLUSTER_POWER = 0.985  # of it that clusters take
+LONG_K = 4096  # from here on power decides more than turns: better whole columns of a band at a time than every SM
+SPARED = 0.05  # of the SMs, and of turns more, that may be given for it
+L2_BYTES = 16e6  # that tiles in flight may read, if those after them are to find it in L2
+FROM_MEMORY = 3.0  # times more that a byte costs which was not there
+WHOLE_ROWS = 0.9  # of the cost, if tiles in flight are whole rows of tiles, so that the next ones have the same b
 MEMORY_EFFICIENCY = 0.893  # of the rate at which weights can be streamed
 DEFAULT = Config()
 _SPREAD = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
@@ -105,9 +110,9 @@ class _Costs:
         count = groups * self.rows * self.columns
         clusters = np.maximum(1, (config.num_sms or device.num_sms) // table.cluster)
         known = problem.kind in (Kind.DENSE, Kind.CONTIGUOUS)  # else there may be more tiles than expected
-        turns, rest = count // clusters, count % clusters
-        halved = (turns > 0) & (rest * 2 <= clusters) & (table.block_m == 128) & known
-        shared_out = turns + np.where(halved, table.halved, 1) * (rest > 0)
+        self._known, self._count = known, count
+        self._half = np.where((table.block_m == 128) & known, table.halved, 1)
+        shared_out = _turns(count, clusters, self._half)
         claimed = np.maximum(1, count / clusters + UNEVEN * (count > clusters))
         self.waves = np.where(alike, shared_out, claimed)
         self.clusters = np.minimum(clusters, count).astype(np.int64) if known else clusters
@@ -127,14 +132,49 @@ class _Costs:
 
     def plan(self, i: int) -> Plan:
         """The plan that walks the problem with the table's tile number i."""
-        table, tile, clusters = self._table, self._table.tiles[i], int(self.clusters[i])
+        table, tile = self._table, self._table.tiles[i]
+        clusters, band = self._walk(i)
         figures = (self.us[i], table.start_us[i], self.waves[i], self.block_ns[i], table.tile_ns[i])
         us, start_us, waves, block_ns, tile_ns = (x.item() for x in figures)
-        band = _band(tile, ceil(self.rows_of_group[i]), int(self.columns[i]), clusters)
         cost = Cost(
             us, start_us, waves, block_ns, tile_ns, self.memory_us, self.power_us[i].item(), table.end_us[i].item()
         )
         return Plan(self._problem, tile, clusters * tile.cluster, band, self._config.tc_util, self._config.pdl, cost)
+
+    def _walk(self, i: int) -> tuple[int, int]:
+        """How many clusters run, and the height of the bands that they walk: those that cost L2 and memory least.
+
+        Tiles in flight at one time read their rows of a and b together, K block by K block. If L2 holds all of that,
+        a's rows are still there for the next tiles of the band, and of b's each is new: then high bands are best. Among
+        equals the highest that is not higher than what is in flight, for then what shares b is close together.
+        """
+        height, width, k = int(self._table.height[i]), int(self._table.width[i]), self._problem.k
+        rows, columns, all_of_them = ceil(self.rows_of_group[i]), int(self.columns[i]), int(self.clusters[i])
+        count, half, at_least = float(self._count[i]), float(self._half[i]), _ceil_div(all_of_them, columns)
+
+        def run(band: int) -> int:
+            few = all_of_them - all_of_them % band
+            if not self._known or k < LONG_K or few == all_of_them or few < (1 - SPARED) * all_of_them:
+                return all_of_them
+            return few if _turns(count, few, half) <= (1 + SPARED) * _turns(count, all_of_them, half) else all_of_them
+
+        def cost(band: int) -> tuple[float, int, int, int]:
+            in_flight, clusters = max(band, at_least), run(band)
+            a, b = in_flight * height, min(_ceil_div(clusters, band), columns) * width
+            turns_of_band = max(1, band * columns / clusters)
+            new = a / turns_of_band + min(clusters / band, columns) * width if (a + b) * k <= L2_BYTES else a + b
+            read = (a + b + FROM_MEMORY * new) * (WHOLE_ROWS if clusters == band * columns else 1)
+            return read, in_flight - band, -rows % band, band
+
+        band = min(_even_heights(rows), key=cost)
+        return run(band), band
+
+
+def _turns(count: Any, clusters: Any, half: Any) -> Any:
+    """Tiles that the busiest cluster computes; `half`: what it takes of a turn whose tiles are halved, or 1."""
+    turns, rest = count // clusters, count % clusters
+    halved = (turns > 0) & (rest * 2 <= clusters)
+    return turns + (rest > 0) * (1 - halved * (1 - half))
 
 
 def ranked(problem: Problem, device: Device, config: Config = DEFAULT) -> tuple[Plan, ...]:
@@ -197,22 +237,6 @@ def _rows(table: _Table, problem: Problem) -> tuple[Any, int, Any, Any]:
 
 def _ceil_div(x: Any, y: Any) -> Any:
     return -(-x // y)
-
-
-def _band(tile: Tile, rows: int, columns: int, clusters: int) -> int:
-    """The height of a band for which the tiles in flight at one time read the fewest rows of a and of b.
-
-    Among equals the highest that is not higher than what is in flight, for then what shares b is close together.
-    """
-    height, width = tile.block_m * tile.cluster_m, tile.block_n * tile.cluster_n
-    at_least = ceil_div(clusters, columns)
-
-    def cost(band: int) -> tuple[int, int, int, int]:
-        in_flight = max(band, at_least)
-        read = in_flight * height + min(ceil_div(clusters, band), columns) * width
-        return read, in_flight - band, -rows % band, band
-
-    return min(_even_heights(rows), key=cost)
 
 
 def _even_heights(rows: int) -> Iterator[int]:

@@ -276,6 +276,13 @@ def test_ffmas_are_interleaved_unless_that_is_disabled(fresh: Path, monkeypatch:
     assert len(entries_of(fresh)) == 2
 
 
+def test_a_cubin_of_another_interleaving_is_no_hit(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    for yields in ((4, 16), (4, 4), (4, 16)):
+        monkeypatch.setattr(sass, "YIELDS", yields)
+        cubin_for(PROBE)
+    assert len(entries_of(fresh)) == 2
+
+
 def test_ffmas_of_nvcc(fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DG_JIT_NVCC_COMPILER", str(fake_nvcc))
     monkeypatch.setattr(sass, "interleave", lambda image: b"interleaved " + image)

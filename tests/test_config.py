@@ -174,7 +174,7 @@ def test_num_sms_caps_the_grid(problem: Problem, num_sms: int):
     plan = planned(problem)
     assert 1 <= plan.ctas <= num_sms
     assert plan.ctas % plan.tile.cluster == 0
-    assert plan.ctas > num_sms - 2 or problem.m < 64  # there is work for all of them
+    assert plan.ctas > 0.95 * num_sms - 2 or problem.m < 64  # there is work for all of them
     for tile in tiles(problem.column_scales):
         if is_legal(tile, problem, H200, config.current()):
             assert plan_for(tile, problem, H200, config.current()).ctas <= num_sms

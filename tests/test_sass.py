@@ -9,6 +9,7 @@ import pytest
 from probe import LOCAL_MEMORY, PROBE, SERIALISED, SETMAXNREG_IGNORED
 
 from deep_gemm.errors import InvalidInputError, MissingDependencyError
+from deep_gemm.plan import make_tile
 from deep_gemm.runtime import sass, tools
 from deep_gemm.runtime.compiler import Source, obtain
 
@@ -85,7 +86,7 @@ def test_nvdisasm_counts_the_same(source: Source):
     assert info.setmaxnreg == names["USETMAXREG"]
 
 
-# A promotion of three warpgroups, interleaved by the compiler at hand (12.9 or newer) and, with its work undone, by us
+# A short promotion of three warpgroups, by the compiler at hand (12.9 or newer) and, with its work undone, by us
 
 PROMOTION = Source(
     "probe.cu",
@@ -144,6 +145,44 @@ def test_interleaving():
     assert [i for i, _ in changed] == ffmas[1::2]
     text = sass._kernels(before)["probe"]
     assert before[: text.start] == after[: text.start] and before[text.stop :] == after[text.stop :]
+
+
+@pytest.mark.parametrize(
+    "shape, yields",
+    [
+        ((128, 256), "1110" * 8 + ("1" * 15 + "0") * 2),
+        ((192, 128), "1110" * 16),
+        ((128, 64), "10" * 16),
+    ],
+    ids=str,
+)
+def test_few_of_a_promotion_yield_and_the_others_keep_the_scale(shape: tuple[int, int], yields: str):
+    image = sass.interleave(obtain(make_tile(*shape).source()).image)
+    assert sass.interleave(image) == image
+    words = sass._words(image[sass._kernels(image)["fp8_gemm"]])
+    promotions = [run for run in sass._promotions(words) if len(run) == len(yields)]
+    assert promotions
+    assert {"".join(str(words[i] >> YIELD & 1) for i in run) for run in promotions} == {yields}
+    kept = 0
+    for i in (i for run in promotions for i in run):
+        reuse = words[i] >> 122 & 0xF
+        kept += reuse == 2
+        assert reuse in (0, 2) and not (reuse and not words[i] >> YIELD & 1)
+        if reuse:  # the next one reads the same register there, and this one does not write it
+            assert words[i + 1] & 0xFFF == 0x223
+            assert words[i] >> 32 & 0xFF == words[i + 1] >> 32 & 0xFF != words[i] >> 16 & 0xFF
+    assert kept > 0.9 * len(promotions) * (yields.count("1") - 2)  # the last of a row's has none to keep it for
+
+
+def test_what_an_ffma_writes_is_not_kept():
+    def ffma(*registers: int) -> int:
+        return 0x223 | sum(r << at for r, at in zip(registers, (16, 24, 32, 64), strict=True))
+
+    assert sass._kept(ffma(1, 2, 3, 1), ffma(4, 5, 3, 4)) == 1 << REUSE_B
+    assert sass._kept(ffma(1, 2, 3, 4), ffma(5, 2, 3, 4)) == 7 << 122
+    assert sass._kept(ffma(3, 2, 3, 1), ffma(4, 5, 3, 4)) == 0
+    assert sass._kept(ffma(1, 2, 3, 1), ffma(4, 3, 5, 4)) == 0  # in another place
+    assert sass._kept(ffma(1, 2, 3, 1), ffma(4, 5, 3, 4) & ~0xFFF | 0x220) == 0  # not an FFMA
 
 
 @pytest.mark.parametrize("change", [("512", "256"), ("wgmma(partial[i], a + i, b)", "partial[i][i] += a")], ids=str)

@@ -57,7 +57,7 @@ template <bool PLAIN> DEVICE void load(const Args& args, SharedStorage& smem, Ti
     const uint32_t rank = CLUSTER > 1 ? cluster_rank() : 0;
     const uint32_t rows = tile.end > tile.m ? min(tile.end - tile.m, uint32_t(BLOCK_M)) : 0;
     const uint32_t loaded = CLUSTER_N == 2 ? problem.box_rows * 2 : rows <= problem.box_rows ? problem.box_rows : round_up(rows, problem.box_rows);
-    const bool narrow = NARROWS && tile.right - tile.n <= CHUNK_N;  // the first chunk's columns are all there are
+    const bool narrow = NARROWS && tile.right <= tile.n + CHUNK_N;  // the first chunk's columns, or none, are all there are
     const uint32_t bytes = (loaded + (narrow ? CHUNK_N : BLOCK_N)) * BLOCK_K + problem.scale_rows * 4 + (COLUMN_SCALES ? BLOCK_N * 4 : 0);
     const uint32_t scale_row = tile.n / 128, scale_rows = (problem.n + 127) / 128;
     const uint32_t late = !problem.counter ? ~0u : tile.k_blocks > CLAIM_AHEAD ? tile.k_blocks - CLAIM_AHEAD : 0;
@@ -301,7 +301,7 @@ DEVICE void consume(const Args& args, SharedStorage& smem) {
         const Tile& tile = tiles.get();
         if (uniform(tile.rows) == Tile::NONE) break;
         const uint32_t m = tile.m, end = tile.end, n = tile.n, batch = tile.batch;
-        const bool narrow = NARROWS && tile.right - n <= CHUNK_N;
+        const bool narrow = NARROWS && tile.right <= n + CHUNK_N;
         const bool has_rows = consumer.has_rows(m, end);
         uint32_t blocks = has_rows ? tile.k_blocks : 0, skipped = has_rows ? 0 : tile.k_blocks;
         tiles.release();

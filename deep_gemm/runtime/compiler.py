@@ -152,7 +152,7 @@ class _Job:
             self.options += ("-lineinfo",)
         self.interleave = not settings.get("DG_DISABLE_FFMA_INTERLEAVE")
         parts = (source.name, source.text, source.headers, self.options, self.compiler, _ARCH)
-        parts += ("interleaved",) * self.interleave
+        parts += ("interleaved", sass.YIELDS, sass.YIELDS_BESIDE_MORE, sass.FEW, sass.YIELDS_OF_FEW) * self.interleave
         self.key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         self.cache = Cache(settings.get("DG_JIT_CACHE_DIR"))
         self.wants_ptx = settings.get("DG_JIT_DUMP_PTX") or settings.get("DG_JIT_DUMP_ASM")

@@ -21,12 +21,20 @@ from pathlib import Path
 from ..errors import InvalidInputError
 from . import tools
 
+# Of so many FFMAs of a promotion one yields: in its first half, in its second; beside one warpgroup or more, which have
+# wgmmas to issue at that time; and in one of few FFMAs. Measured: docs/facts.md, "Registers under the tensor cores".
+YIELDS, YIELDS_BESIDE_MORE = (4, 16), (4, 4)
+FEW, YIELDS_OF_FEW = 32, (2, 2)
+
 _FFMA, _QGMMA, _LDL, _STL, _WARPGROUP, _USETMAXREG = 0x023, 0x1F3, 0x183, 0x187, 0x1C5, 0x1C8
 _WAIT = 1 << 47  # of WARPGROUP: DEPBAR, else ARRIVE
-_OPCODE = 0x1FF
+_OPCODE, _FORM = 0x1FF, 0xE00
+_REGISTERS = 0x200  # the form whose operands are three registers,
+_OPERANDS, _RESULT = (24, 32, 64), 16  # numbered by the bytes here; and the one that is written
 _STALL, _ONE_CYCLE = 0xF << 105, 1 << 105  # until this warp's next instruction
 _STAY = 1 << 109  # with this warp; 0 yields to another
-_REUSE = 0xF << 122  # the operands that are kept for this warp's next instruction, one bit each
+_FIRST_REUSE = 122
+_REUSE = 0xF << _FIRST_REUSE  # the operands that are kept for this warp's next instruction, one bit each
 _EIATTR_MAX_THREADS, _EIATTR_MIN_STACK_SIZE, _EIATTR_REGCOUNT = 0x05, 0x12, 0x2F
 _RESERVED_SMEM_BYTES = 1024  # of every block on sm_90, for the system
 
@@ -86,23 +94,48 @@ def read(image: bytes, entry: str = "fp8_gemm") -> KernelInfo:
 
 
 def interleave(image: bytes) -> bytes:
-    """The image with every other FFMA of a promotion yielding to another warp, as ptxas has it since 12.9.
+    """The image with few of a promotion's FFMAs yielding to another warp, the others keeping the scale for the next.
 
-    What yields lets another warpgroup start its wgmmas, but keeps no operands, for those are kept for the next
-    instruction of the same warp. It decides with three warpgroups that promote, and makes no difference with two
-    (docs/facts.md). Left alone are kernels of which some yield already, those without wgmmas, those of at most 256
-    threads, which have no second warpgroup that promotes, and FFMAs with a longer stall, which yield in any case.
+    What yields lets another warpgroup issue its wgmmas, or else these come late. It keeps no operand, for those are
+    kept for the next instruction of the same warp, and an FFMA that reads three registers takes a clock longer than
+    one that reads two: there are two banks of registers. ptxas lets every other one yield since 12.9, none before, and
+    the kernel is 2 and 14 % slower for it (docs/facts.md). Left alone are kernels without wgmmas, those of at most 256
+    threads, which have no second warpgroup that promotes, and FFMAs with a longer stall.
     """
     result = bytearray(image)
     for kernel, text in _kernels(image).items():
         words, threads = _words(image[text]), _max_threads(image, kernel)
         if threads > 256 and any(word & _OPCODE == _QGMMA for word in words):
-            ffmas = [i for i, word in enumerate(words) if word & (_OPCODE | _STALL) == _FFMA | _ONE_CYCLE]
-            if all(words[i] & _STAY for i in ffmas):
-                for i in ffmas[1::2]:
+            for promotion in _promotions(words):
+                few = len(promotion) <= FEW
+                early, late = YIELDS_OF_FEW if few else YIELDS_BESIDE_MORE if threads > 384 else YIELDS
+                for count, i in enumerate(promotion, 1):
                     words[i] &= ~(_STAY | _REUSE)
+                    if count % (early if count <= len(promotion) / 2 else late):
+                        words[i] |= _STAY | _kept(words[i], words[i + 1])
             result[text] = b"".join(word.to_bytes(16, "little") for word in words)
     return bytes(result)
+
+
+def _promotions(words: list[int]) -> Iterator[list[int]]:
+    """Where the FFMAs of one cycle and three registers are, between one WARPGROUP and the next."""
+    promotion: list[int] = []
+    for i, word in enumerate(words):
+        if word & _OPCODE == _WARPGROUP:
+            yield promotion
+            promotion = []
+        elif word & (_OPCODE | _FORM | _STALL) == _FFMA | _REGISTERS | _ONE_CYCLE:
+            promotion.append(i)
+    yield promotion
+
+
+def _kept(ffma: int, following: int) -> int:
+    """The reuse bits of an FFMA: of operands that the next instruction, an FFMA as well, reads in the same place."""
+    if following & (_OPCODE | _FORM) != _FFMA | _REGISTERS:
+        return 0
+    written = ffma >> _RESULT & 0xFF
+    kept = [ffma >> at & 0xFF == following >> at & 0xFF != written for at in _OPERANDS]
+    return sum(bit << _FIRST_REUSE + place for place, bit in enumerate(kept))
 
 
 def ffma_bits(image: bytes) -> dict[str, str]:
