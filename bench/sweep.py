@@ -3,7 +3,7 @@
 Shapes: linear layers of open models with FP8 weights (DeepSeek-V3, Kimi-K2, Qwen3, GLM-4.5, Llama-3.1) with 256 to
 32,768 rows, and experts, contiguous and masked. Of each problem the tiles that the cost model holds for the fastest
 are timed, the GPU at load, one after the other in random order and then in the reverse one: a graph of several launches
-over several sets of operands, the median of four replays.
+over several sets of operands, the median of four replays, once the tile's own power has decided on the clock.
 
     python -m bench.sweep                   # sweeps, and writes to bench/results/sweep
     python -m bench.sweep --report FILE     # what today's choices took in a sweep, and the fastest tile
@@ -40,6 +40,7 @@ from deep_gemm.runtime.launch import launch
 SWEEPS = RESULTS / "sweep"
 REPLAY_US = 400
 WARM_S = 0.3
+SETTLE_S = 0.01  # for a tile to be timed at the clock that its own power allows, not at that of the tile before
 MOST_FLOP = 4e12
 MOST = 40  # tiles of a problem
 LAYERS = (  # N, K
@@ -103,6 +104,13 @@ def operands_of(family: str, numbers: list[int]) -> Operands:
     return problem.masked(a, b, x.d, x.layout, numbers[4])[1]
 
 
+def keep_busy(graph: torch.cuda.CUDAGraph, seconds: float) -> None:
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        graph.replay()
+        torch.cuda.synchronize()
+
+
 def sweep_one(family: str, numbers: list[int], most: int) -> dict[str, float]:
     """Microseconds of each tile, by name."""
     about = problem_of(family, numbers)
@@ -114,14 +122,11 @@ def sweep_one(family: str, numbers: list[int], most: int) -> dict[str, float]:
         launches = len(sets) * max(1, round(REPLAY_US / plan.cost.us / len(sets)))
         graph = capture(lambda x, plan=plan: (launch(plan, x), x.d)[1], sets, launches)
         graphs[plan.tile.name] = graph, launches
-    begun = time.perf_counter()
-    while time.perf_counter() - begun < WARM_S:
-        next(iter(graphs.values()))[0].replay()
-        torch.cuda.synchronize()
+    keep_busy(next(iter(graphs.values()))[0], WARM_S)
     taken: dict[str, list[float]] = {name: [] for name in graphs}
     for name in (*graphs, *reversed(graphs)):  # there and back, for the GPU grows warmer, and its clock slower
         graph, launches = graphs[name]
-        graph.replay()
+        keep_busy(graph, SETTLE_S)
         for _ in range(2):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
