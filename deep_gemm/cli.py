@@ -37,6 +37,7 @@ from .layout import ceil_div, get_mk_alignment_for_contiguous_layout, get_mn_maj
 from .problem import Kind, Problem, check_shape
 from .quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 from .runtime import device as devices
+from .runtime import sass
 from .runtime.compiler import Source, compile
 from .runtime.driver import check, driver
 
@@ -446,7 +447,8 @@ def _doctor(args: argparse.Namespace) -> int:
     needed = [_find_bindings(), _find_driver(), _find_compiler()]
     print(f"ok       Python         {sys.version.split()[0]}, {sys.executable}")
     print(f"ok       deep_gemm      {__version__}, {Path(__file__).parent}")
-    print(*[_find_torch(), _find_gpu(), *needed, _find_cache(), *_find_wrong_settings()], sep="\n")
+    others = [_find_elftools(), _find_cache(), *_find_wrong_settings()]
+    print(*[_find_torch(), _find_gpu(), *needed, *others], sep="\n")
     print("\nsettings, by the environment:")
     for name, _, value, _, meaning in settings.describe():
         print(f"  {name:30} {value!s:24} {meaning}")
@@ -501,6 +503,12 @@ def _find_bindings() -> Finding:
     except ImportError as error:
         return Finding("cuda-bindings", _first_line(error), "pip install cuda-bindings")
     return Finding("cuda-bindings", metadata.version("cuda-bindings"))
+
+
+def _find_elftools() -> Finding:
+    if not sass.can_read():
+        return Finding("pyelftools", "not installed: kernels stay as compiled, and slower", "pip install pyelftools")
+    return Finding("pyelftools", metadata.version("pyelftools"))
 
 
 def _find_compiler() -> Finding:

@@ -193,6 +193,13 @@ def test_doctor_without_the_cuda_packages(tmp_path: Path):
     assert result.stdout.splitlines()[-1] == "GEMMs run on the CPU of this machine."
 
 
+def test_doctor_without_pyelftools(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(sys.modules, "elftools", None)
+    with pytest.warns(RuntimeWarning, match="pip install pyelftools"):
+        cli.main(["doctor"])
+    assert "-> pip install pyelftools" in capsys.readouterr().out
+
+
 def test_doctor_counts_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     entry = tmp_path / "fp8_gemm.0"
     entry.mkdir()

@@ -299,6 +299,17 @@ def test_output_that_cannot_be_read_is_used_as_it_is(image: bytes, monkeypatch: 
         assert compiler._Job(PROBE)._interleaved(image) == image
 
 
+def test_without_pyelftools(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "elftools", None)
+        with pytest.warns(RuntimeWarning, match=r"the FFMAs of probe.cu stay as .*: pip install pyelftools"):
+            as_compiled = cubin_for(PROBE)
+        with pytest.raises(MissingDependencyError, match="pip install pyelftools"):
+            sass.read(as_compiled)
+    assert sass.read(cubin_for(PROBE), "probe").ffma == sass.read(as_compiled, "probe").ffma
+    assert len(entries_of(fresh)) == 2  # what is installed later finds no kernel that was left as compiled
+
+
 def test_ffma_bits_are_printed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     monkeypatch.setenv("DG_PRINT_REG_REUSE", "0")
     compiler.compile(PROBE)

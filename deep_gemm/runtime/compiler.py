@@ -152,7 +152,8 @@ class _Job:
             self.options += ("-lineinfo",)
         self.interleave = not settings.get("DG_DISABLE_FFMA_INTERLEAVE")
         parts = (source.name, source.text, source.headers, self.options, self.compiler, _ARCH)
-        parts += ("interleaved", sass.YIELDS, sass.YIELDS_BESIDE_MORE, sass.FEW, sass.YIELDS_OF_FEW) * self.interleave
+        if self.interleave and sass.can_read():
+            parts += ("interleaved", sass.YIELDS, sass.YIELDS_BESIDE_MORE, sass.FEW, sass.YIELDS_OF_FEW)
         self.key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         self.cache = Cache(settings.get("DG_JIT_CACHE_DIR"))
         self.wants_ptx = settings.get("DG_JIT_DUMP_PTX") or settings.get("DG_JIT_DUMP_ASM")
@@ -199,7 +200,7 @@ class _Job:
     def _interleaved(self, image: bytes) -> bytes:
         try:
             result = sass.interleave(image) if self.interleave else image
-        except (IndexError, KeyError, ValueError, struct.error) as error:
+        except (MissingDependencyError, IndexError, KeyError, ValueError, struct.error) as error:
             warnings.warn(
                 f"the FFMAs of {self.source.name} stay as the compiler made them, which may cost some speed: its "
                 f"output cannot be read ({error!r}; {self.compiler}). DG_DISABLE_FFMA_INTERLEAVE=1 silences this",

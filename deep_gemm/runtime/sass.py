@@ -8,17 +8,20 @@ reuse bits of FFMAs. The attributes of .nv.info are named as in nvdisasm's listi
 
 from __future__ import annotations
 
+import importlib.util
 import struct
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import groupby
 from math import prod
 from pathlib import Path
+from typing import Any
 
-from ..errors import InvalidInputError
+from ..errors import InvalidInputError, MissingDependencyError
 from . import tools
 
 # Of so many FFMAs of a promotion one yields: in its first half, in its second; beside one warpgroup or more, which have
@@ -60,18 +63,25 @@ class KernelInfo:
     setmaxnreg: int
 
 
+def can_read() -> bool:
+    """Whether pyelftools, without which nothing here works, is installed."""
+    return importlib.util.find_spec("elftools") is not None
+
+
 def read(image: bytes, entry: str = "fp8_gemm") -> KernelInfo:
-    """Reads one kernel of a cubin. Raises: InvalidInputError if it has no such kernel."""
+    """Reads one kernel of a cubin.
+
+    Raises: InvalidInputError if it has no such kernel, or is no ELF file; MissingDependencyError without pyelftools.
+    """
     sections, kernels = _sections(image), _kernels(image)
     if entry not in kernels:
         raise InvalidInputError(f"the cubin has no kernel {entry!r}, expected one of: {', '.join(kernels)}")
 
-    names = image[sections[".strtab"]]
-    symbols = [_name(names, at) for at, *_ in struct.iter_unpack("<IBBHQQ", image[sections[".symtab"]])]
+    symbols = [symbol.name for symbol in sections[".symtab"].iter_symbols()]
     of_kernel = struct.pack("<I", symbols.index(entry))
     attributes = {
         number: int.from_bytes(value[4:], "little")
-        for number, value in _attributes(image[sections[".nv.info"]])
+        for number, value in _attributes(sections[".nv.info"].data())
         if len(value) == 8 and value.startswith(of_kernel)
     }
     words = _words(image[kernels[entry]])
@@ -81,7 +91,7 @@ def read(image: bytes, entry: str = "fp8_gemm") -> KernelInfo:
     return KernelInfo(
         registers=attributes[_EIATTR_REGCOUNT],
         local_bytes=attributes[_EIATTR_MIN_STACK_SIZE],
-        shared_bytes=shared.stop - shared.start - _RESERVED_SMEM_BYTES if shared else 0,
+        shared_bytes=shared["sh_size"] - _RESERVED_SMEM_BYTES if shared else 0,
         instructions=len(words),
         qgmma=opcodes[_QGMMA],
         ffma=opcodes[_FFMA],
@@ -101,6 +111,8 @@ def interleave(image: bytes) -> bytes:
     one that reads two: there are two banks of registers. ptxas lets every other one yield since 12.9, none before, and
     the kernel is 2 and 14 % slower for it (docs/facts.md). Left alone are kernels without wgmmas, those of at most 256
     threads, which have no second warpgroup that promotes, and FFMAs with a longer stall.
+
+    Raises: InvalidInputError for what is no ELF file; MissingDependencyError without pyelftools.
     """
     result = bytearray(image)
     for kernel, text in _kernels(image).items():
@@ -162,22 +174,22 @@ def disassemble(image: bytes) -> str:
         return subprocess.run([nvdisasm, "-hex", path], check=True, capture_output=True, text=True).stdout
 
 
-def _sections(image: bytes) -> dict[str, slice]:
-    """Where each section of an ELF file is. That of .nv.shared has a size alone, for it holds nothing yet."""
-    (table,) = struct.unpack_from("<Q", image, 0x28)
-    count, names = struct.unpack_from("<HH", image, 0x3C)
-    headers = [struct.unpack_from("<I20xQQ24x", image, table + 64 * i) for i in range(count)]
-    sections = [(name, slice(start, start + size)) for name, start, size in headers]
-    strings = image[sections[names][1]]
-    return {_name(strings, name): where for name, where in sections}
+def _sections(image: bytes) -> dict[str, Any]:
+    if not can_read():
+        raise MissingDependencyError("reading a cubin needs pyelftools: pip install pyelftools")
+    from elftools.common.exceptions import ELFError
+    from elftools.elf.elffile import ELFFile
 
-
-def _name(strings: bytes, start: int) -> str:
-    return strings[start : strings.index(0, start)].decode()
+    try:
+        return {section.name: section for section in ELFFile(BytesIO(image)).iter_sections()}
+    except ELFError as error:
+        raise InvalidInputError(f"no cubin, expected an ELF file: {error}") from error
 
 
 def _kernels(image: bytes) -> dict[str, slice]:
-    return {name[6:]: where for name, where in _sections(image).items() if name.startswith(".text.")}
+    """Where the instructions of each kernel are."""
+    headers = {name[6:]: section.header for name, section in _sections(image).items() if name.startswith(".text.")}
+    return {name: slice(x["sh_offset"], x["sh_offset"] + x["sh_size"]) for name, x in headers.items()}
 
 
 def _words(text: bytes) -> list[int]:
@@ -186,7 +198,7 @@ def _words(text: bytes) -> list[int]:
 
 def _max_threads(image: bytes, kernel: str) -> int:
     """Of a block, by the kernel's launch bounds; 0 without."""
-    attributes = dict(_attributes(image[_sections(image)[f".nv.info.{kernel}"]]))
+    attributes = dict(_attributes(_sections(image)[f".nv.info.{kernel}"].data()))
     return prod(struct.unpack("<3I", attributes[_EIATTR_MAX_THREADS])) if _EIATTR_MAX_THREADS in attributes else 0
 
 
