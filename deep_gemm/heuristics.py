@@ -19,33 +19,32 @@ from .plan import BLOCK_K, Cost, Plan, Tile, make_tile
 from .problem import Kind, Problem
 from .runtime.device import Device
 
-START_US = 2.63  # from one launch to the next
+START_US = 3.03  # from one launch to the next
 CLUSTER_START_US = 1.19  # more, if CTAs have to start in pairs
-TENSOR_GHZ = 1.8  # the tensor cores' clock where nothing else limits them
+TENSOR_GHZ = 1.795  # the tensor cores' clock where nothing else limits them
 CLUSTER_DRAG = 1.03  # more time where every stage waits for both CTAs of a cluster
-ONE_BANK = 1.67  # more time where a sole warpgroup waits for its own promotion
-STRADDLE_NS = 5.09  # for a warpgroup to choose the scale of b, for every run of columns that has a choice
-SM_BYTES_PER_NS = 111  # what the copy engine brings into one SM
-L2_BYTES_PER_NS = 15_080  # what L2 delivers to all of them
-BLOCK_NS = 96.2  # a K block takes, however small, and
-WARPGROUP_NS = 6.5  # for every further warpgroup
-TILE_NS = 529  # from one tile to the next, and
-CONVERT_BYTES_PER_NS = 32.4  # for a warpgroup to hand over its part of the result
-STORE_BYTES_PER_NS = 38.2  # of the last result, which nothing is left to hide
+ONE_BANK = 1.525  # more time where a sole warpgroup waits for its own promotion
+STRADDLE_NS = 5.58  # for a warpgroup to choose the scale of b, for every run of columns that has a choice
+SM_BYTES_PER_NS = 110.5  # what the copy engine brings into one SM
+L2_BYTES_PER_NS = 14_620  # what L2 delivers to all of them
+BLOCK_NS = 87.7  # a K block takes, however small, and
+WARPGROUP_NS = 4.55  # for every further warpgroup
+TILE_NS = 478  # from one tile to the next, and
+CONVERT_BYTES_PER_NS = 36.7  # for a warpgroup to hand over its part of the result
+STORE_BYTES_PER_NS = 30.0  # of the last result, which nothing is left to hide
 HALVED = 0.85  # of a turn of tiles, if it is upper and lower halves of tiles
 NARROWED = 0.6  # the same of left and right ones
-UNEVEN = 0.72  # of a turn that the busiest CTA has more than the mean, where tiles are claimed one by one
-FLOP_PER_US = 1.296e9  # what power allows, at load, and
-CLUSTER_POWER = 1.0  # of it that clusters take
+UNEVEN = 0.635  # of a turn that the busiest CTA has more than the mean, where tiles are claimed one by one
+FLOP_PER_US = 1.319e9  # what power allows, at load
 LONG_K = 4096  # from here on power decides more than turns: better whole columns of a band at a time than every SM
 SPARED = 0.05  # of the SMs, and of turns more, that may be given for it
 L2_BYTES = 16e6  # that tiles in flight may read, if those after them are to find it in L2
 FROM_MEMORY = 3.0  # times more that a byte costs which was not there
 WHOLE_ROWS = 0.9  # of the cost, if tiles in flight are whole rows of tiles, so that the next ones have the same b
-MEMORY_EFFICIENCY = 0.893  # of the rate at which weights can be streamed
+MEMORY_EFFICIENCY = 0.943  # of the rate at which weights can be streamed
 DEFAULT = Config()
 _SPREAD = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
-SHARPNESS = 8.73  # of the norms that stand for "the slowest decides, and the next slowest disturbs it"
+SHARPNESS = 8.47  # of the norms that stand for "the slowest decides, and the next slowest disturbs it"
 
 
 @cache
@@ -76,7 +75,6 @@ class _Table:
         self.area = area = self.block_m * self.block_n
         drag = column(lambda t: ONE_BANK if t.banks == 1 and t.warpgroups == 1 else 1)
         self.tensor_ns = area / 32 / TENSOR_GHZ * drag * np.where(self.cluster > 1, CLUSTER_DRAG, 1)
-        self.power = np.where(self.cluster > 1, CLUSTER_POWER, 1)
         self.latency_ns = BLOCK_NS + WARPGROUP_NS * (self.block_m // 64 - 1)
         self.straddle_ns = STRADDLE_NS * column(lambda t: t.warpgroups * _choices(t))
         self.halved = column(lambda t: NARROWED if t.narrows else HALVED)
@@ -127,7 +125,7 @@ class _Costs:
         compute_us = self.waves * (k_blocks * self.block_ns + table.tile_ns) / 1e3
         self.memory_us = problem.bytes / (MEMORY_EFFICIENCY * device.memory_gbps) / 1e3
         blocks = count * table.cluster * k_blocks
-        self.power_us = blocks * BLOCK_K * used * table.area * 2 / FLOP_PER_US * table.power
+        self.power_us = blocks * BLOCK_K * used * table.area * 2 / FLOP_PER_US
         self.us = table.start_us + _norm(SHARPNESS / 2, compute_us, self.memory_us, self.power_us) + table.end_us
 
     def plan(self, i: int) -> Plan:
