@@ -163,7 +163,7 @@ DEVICE void wgmma(float (&d)[{registers}], uint64_t a, uint64_t b, bool accumula
 @cache
 def _kernel_texts() -> dict[str, str]:
     folder = Path(__file__).parent / "kernels"
-    names = [f"{ENTRY}.cu", "describe.cu", "report.cu", "scheduler.cuh", "storage.cuh", "store.cuh"]
+    names = [f"{ENTRY}.cu", "describe.cu", "report.cu", "scheduler.cuh", "storage.cuh", "tiles.cuh", "store.cuh"]
     names += [f"ptx/{part}.cuh" for part in ("base", "barrier", "tma", "wgmma", "matrix")]
     return {name: (folder / name).read_text() for name in names}
 

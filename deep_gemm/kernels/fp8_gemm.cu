@@ -13,41 +13,12 @@
 #include "scheduler.cuh"
 #include "storage.cuh"
 #include "store.cuh"
+#include "tiles.cuh"
 
-// Goes on to a tile that nobody has, as late as may be, so that no CTA has two while another has none. A cluster's first CTA
-// claims for both.
-DEVICE void claim(Scheduler& scheduler, SharedStorage& smem, uint32_t phase) {
-    if (CLUSTER > 1 && cluster_rank() == 1) {
-        if (elect_one()) barrier_expect_bytes(shared_address(&smem.claim), 4);
-        wait<true>(smem.claim, phase);
-        scheduler.number = smem.next_number;
-    } else {
-        wait(smem.claim, phase);
-        scheduler.claim();
-        if (CLUSTER > 1 && elect_one())
-            store_remote(cluster_address(shared_address(&smem.next_number), 1), scheduler.number,
-                         cluster_address(shared_address(&smem.claim), 1));
-    }
-}
-
-// Hands out the tiles of groups.
-DEVICE void schedule(const Args& args, SharedStorage& smem) {
-    if (args.problem.kind == DENSE) return;
-    previous_kernel_wait();
-    Scheduler scheduler(args.problem);
-    Tile tile;
-    for (uint32_t index = 0;; ++index) {
-        scheduler.next(tile);
-        if (elect_one()) hand_out(smem, tile, index);
-        __syncwarp();
-        if (uniform(tile.rows) == Tile::NONE) break;
-        if (args.problem.counter) claim(scheduler, smem, index % 2);
-        else scheduler.stride();
-    }
-}
-
-// Brings one tile's operands, K block by K block. PLAIN: one box brings all rows of a, and there is no pace to keep.
-template <bool PLAIN> DEVICE void load(const Args& args, SharedStorage& smem, Tile tile, Pipeline& pipe) {
+// Brings one tile's operands, K blocks `block` .. `blocks` - 1. PLAIN: one box brings all rows of a, and there is no pace to keep.
+// FIRST: the stages are new, and so are their barriers.
+template <bool PLAIN, bool FIRST = false>
+DEVICE void load(const Args& args, SharedStorage& smem, const Tile& tile, Pipeline& pipe, uint32_t block, uint32_t blocks) {
     const Problem& problem = args.problem;
     const bool own_maps = along_k(problem);  // a group's a and b are matrices of their own
     const TensorMap& a_map = own_maps ? problem.maps[tile.group * 2] : args.a;
@@ -61,13 +32,15 @@ template <bool PLAIN> DEVICE void load(const Args& args, SharedStorage& smem, Ti
     const uint32_t bytes = (loaded + (narrow ? CHUNK_N : BLOCK_N)) * BLOCK_K + problem.scale_rows * 4 + (COLUMN_SCALES ? BLOCK_N * 4 : 0);
     const uint32_t scale_row = tile.n / 128, scale_rows = (problem.n + 127) / 128;
     const uint32_t late = !problem.counter ? ~0u : tile.k_blocks > CLAIM_AHEAD ? tile.k_blocks - CLAIM_AHEAD : 0;
-    const float* b_scales = problem.b_scales + tile.group * problem.b_scale_stride_g + scale_row * problem.b_scale_stride_n;
+    const float* b_scales = problem.b_scales + tile.group * problem.b_scale_stride_g + scale_row * problem.b_scale_stride_n +
+                            block * problem.b_scale_stride_k;
 #pragma unroll 1
-    for (uint32_t block = 0; block < tile.k_blocks; ++block, pipe.advance()) {
+    for (; block < blocks; ++block, pipe.advance()) {
         const uint32_t stage = pipe.stage, full = shared_address(&smem.full[stage]);
-        wait(smem.empty[stage], pipe.phase ^ 1);
+        if constexpr (FIRST) barrier_init(full, arrivals(0)), barrier_init_fence();
+        else wait(smem.empty[stage], pipe.phase ^ 1);
         if (!PLAIN && problem.pace) spin(problem.pace);
-        if (block == late) barrier_arrive_cluster(cluster_address(shared_address(&smem.claim), 0));
+        if (!FIRST && block == late) barrier_arrive_cluster(cluster_address(shared_address(&smem.claim), 0));
         const uint32_t k = block * BLOCK_K, a = shared_address(smem.a[stage]), b = shared_address(smem.b[stage]);
         barrier_expect_bytes(full, bytes);          // all that lands here, whoever sends it
         // CTAs of a cluster that need the same operand load half of it each, for both.
@@ -101,24 +74,49 @@ template <bool PLAIN> DEVICE void load(const Args& args, SharedStorage& smem, Ti
     }
 }
 
+// How many K blocks of the first tile `start` brings. (In clusters the other CTA has to be ready.)
+DEVICE uint32_t started(const Problem& problem) {
+    return CLUSTER == 1 && problem.kind == DENSE ? min(AHEAD, (problem.k + 127) / 128) : 0;
+}
+
+// Initialises the barriers of the first stages, and sends for what fills them, while the other warps get ready: what comes first
+// is waited for longest. Leaves the tile for `produce` to hand out. One thread.
+DEVICE void start(const Args& args, SharedStorage& smem) {
+    uint32_t blocks = started(args.problem);
+    if (blocks > 0) {
+        previous_kernel_wait();
+        Tile tile;
+        Scheduler(args.problem).next_of_all(tile);
+        if (tile.rows == Tile::NONE) blocks = 0;
+        smem.tiles[0] = tile;
+        Pipeline pipe;
+        load<true, true>(args, smem, tile, pipe, 0, blocks);
+    }
+    for (uint32_t i = blocks; i < AHEAD; ++i) barrier_init(shared_address(&smem.full[i]), arrivals(0));
+}
+
 // Brings the operands of every tile, and hands out dense ones. One thread.
 DEVICE void produce(const Args& args, SharedStorage& smem) {
     const Problem& problem = args.problem;
     if (problem.kind == DENSE) previous_kernel_wait();
     Scheduler scheduler(problem);
-    Pipeline pipe;
-    for (Tiles tiles(smem);; tiles.release()) {
+    uint32_t block = started(problem);
+    Pipeline pipe{block % STAGES, block / STAGES};
+    for (Tiles tiles(smem);; tiles.release(), block = 0) {
         Tile tile;
         if (problem.kind != DENSE) {
             tile = tiles.get();
+        } else if (block > 0) {                     // the first one, which `start` has left there
+            barrier_arrive(shared_address(&smem.tile_full[0]));
+            tile = smem.tiles[0], scheduler.stride();
         } else {
             scheduler.next_of_all(tile), scheduler.stride();
             hand_out(smem, tile, tiles.index);
         }
         if (tile.rows == Tile::NONE) return;
         const bool one_box = CLUSTER_N == 2 || min(tile.end - tile.m, uint32_t(BLOCK_M)) <= problem.box_rows;
-        if (problem.pace || !one_box) load<false>(args, smem, tile, pipe);
-        else load<true>(args, smem, tile, pipe);
+        if (problem.pace || !one_box) load<false>(args, smem, tile, pipe, block, tile.k_blocks);
+        else load<true>(args, smem, tile, pipe, block, tile.k_blocks);
     }
 }
 
@@ -330,10 +328,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_gemm(const __grid_c
     SharedStorage& smem = *reinterpret_cast<SharedStorage*>(memory);
     const uint32_t warp = warp_index();
     if (elect_one()) {
-        if (warp == WARPS + 3) tensor_prefetch(args.a), tensor_prefetch(args.b), tensor_prefetch(args.a_scales);
-        const uint32_t first = shared_address(smem.full);
-        // One thread of each warp: threads that initialise barriers by their index take ptxas a loop over lanes.
-        for (uint32_t i = warp; i < BARRIERS; i += THREADS / 32) barrier_init(first + i * sizeof(uint64_t), arrivals(i));
+        if (warp == WARPS + 3) {
+            tensor_prefetch(args.a), tensor_prefetch(args.b), tensor_prefetch(args.a_scales);
+            start(args, smem);
+        } else {
+            // One thread of each warp: threads that initialise barriers by their index take ptxas a loop over lanes.
+            for (uint32_t i = AHEAD + warp; i < BARRIERS; i += THREADS / 32 - 1)
+                barrier_init(shared_address(smem.full) + i * sizeof(uint64_t), arrivals(i));
+        }
         barrier_init_fence();
     }
     if constexpr (CLUSTER > 1) cluster_sync();

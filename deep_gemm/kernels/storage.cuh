@@ -11,6 +11,7 @@ constexpr int WARPS = WARPGROUPS * 4;               // consumer warps, of 16 row
 constexpr int THREADS = (WARPGROUPS + 1) * 128;     // the last warpgroup has all warps that multiply nothing
 constexpr int SCALE_N = gcd(CHUNK_N, 128);          // adjacent columns that are sure to share a scale of b
 constexpr int B_SCALES = COLUMN_SCALES ? 1 : (128 - gcd(BLOCK_N, 128) + BLOCK_N + 127) / 128;  // scale columns a tile can touch
+constexpr uint32_t AHEAD = STAGES < 6 ? STAGES : 6;  // stages that are filled while the other warps get ready
 constexpr int TILES = 4;                            // that are known in advance, or not yet stored
 constexpr uint32_t CLAIM_AHEAD = 4;                 // K blocks that are left to load when a CTA claims its next tile
 constexpr int STORE_N = gcd(BLOCK_N, 64);           // columns of one store: 128, 64 or 32 bytes, swizzled likewise
@@ -61,24 +62,3 @@ template <bool CLUSTER_WIDE = false> DEVICE void wait(uint64_t& barrier, uint32_
             *reinterpret_cast<volatile uint32_t*>(16 * (threadIdx.x / 32 + 1)) = phase;
     }
 }
-
-// Hands out the next tile of this CTA, NONE after the last. Whoever reads it releases it. One thread.
-DEVICE void hand_out(SharedStorage& smem, const Tile& tile, uint32_t index) {
-    wait(smem.tile_empty[index % TILES], index / TILES % 2 ^ 1);
-    smem.tiles[index % TILES] = tile;
-    barrier_arrive(shared_address(&smem.tile_full[index % TILES]));
-}
-
-// The tiles that were handed out, one after the other.
-class Tiles {
-    SharedStorage& smem;
-
-public:
-    uint32_t index = 0;
-    DEVICE explicit Tiles(SharedStorage& storage) : smem(storage) {}
-    DEVICE const Tile& get() const {
-        wait(smem.tile_full[index % TILES], index / TILES % 2);
-        return smem.tiles[index % TILES];
-    }
-    DEVICE void release() { barrier_arrive(shared_address(&smem.tile_empty[index++ % TILES])); }
-};

@@ -3,6 +3,7 @@
 #include "config.cuh"
 #include "ptx/tma.cuh"
 #include "storage.cuh"
+#include "tiles.cuh"
 
 // Sends rows `from` .. `to` of a finished tile to d, those of the tile's group.
 DEVICE void write_rows(const Problem& problem, const SharedStorage& smem, const Tile& tile, uint32_t from, uint32_t to) {
