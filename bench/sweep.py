@@ -1,11 +1,12 @@
 """Times tile after tile on this GPU, to fit the planner's cost model to, and says how well the planner chooses.
 
 Shapes: linear layers of open models with FP8 weights (DeepSeek-V3, Kimi-K2, Qwen3, GLM-4.5, Llama-3.1) with 256 to
-32,768 rows, and experts, contiguous and masked. Of each problem the tiles that the cost model holds for the fastest
+32,768 rows, and experts, contiguous and masked; or DeepSeek-V3's layers with 1 to 192 rows, and other groups. Of each problem the tiles that the cost model holds for the fastest
 are timed, the GPU at load, one after the other in random order and then in the reverse one: a graph of several launches
 over several sets of operands, the median of four replays, once the tile's own power has decided on the clock.
 
     python -m bench.sweep                   # sweeps, and writes to bench/results/sweep
+    python -m bench.sweep --few-rows        # the same of few rows
     python -m bench.sweep --report FILE     # what today's choices took in a sweep, and the fastest tile
 """
 
@@ -54,6 +55,13 @@ MS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 EXPERTS = (*grouped.EXPERT, (3072, 4096), (4096, 1536))  # N, K of DeepSeek-V3's, and of Qwen3-235B's
 CONTIGUOUS_GROUPS = ((4, 8192), (8, 4096), (32, 256), (16, 512), (64, 128))  # groups, rows of each
 MASKED_GROUPS = ((1, 1024, 1024), (2, 512, 512), (4, 256, 256), (32, 4096, 192), (8, 2048, 700))  # and expected
+FEW_LAYERS = (*LAYERS[:6], (576, 7168), (2048, 4096))
+FEW_MS = (1, 8, 16, 32, 64, 96, 128, 192)
+FEW_CONTIGUOUS_GROUPS = ((8, 1024), (16, 384), (8, 2048))
+FEW_MASKED_GROUPS = (
+    *((32, 4096, 20), (8, 256, 128), (64, 512, 48), (32, 512, 64)),
+    *((8, 512, 100), (16, 1024, 350), (4, 2048, 700), (32, 256, 8)),
+)
 
 
 class Outcome(NamedTuple):
@@ -68,14 +76,15 @@ class Outcome(NamedTuple):
     fastest_us: float
 
 
-def shapes() -> Iterator[tuple[str, list[int]]]:
+def shapes(few_rows: bool = False) -> Iterator[tuple[str, list[int]]]:
     """A family and its numbers, as problem_of takes them: of dense layers every other M, and DeepSeek-V3's at 4096."""
-    for (i, (n, k)), (j, m) in product(enumerate(LAYERS), enumerate(MS)):
-        if 2 * m * n * k <= MOST_FLOP and ((i + j) % 2 == 0 or (m == 4096 and i < 6)):
+    layers, ms = (FEW_LAYERS, FEW_MS) if few_rows else (LAYERS, MS)
+    for (i, (n, k)), (j, m) in product(enumerate(layers), enumerate(ms)):
+        if few_rows or (2 * m * n * k <= MOST_FLOP and ((i + j) % 2 == 0 or (m == 4096 and i < 6))):
             yield grouped.DENSE, [m, n, k]
-    for numbers, (n, k) in product(CONTIGUOUS_GROUPS, EXPERTS):
+    for numbers, (n, k) in product(FEW_CONTIGUOUS_GROUPS if few_rows else CONTIGUOUS_GROUPS, EXPERTS):
         yield grouped.CONTIGUOUS, [*numbers, n, k]
-    for (groups, m, expected), (n, k) in product(MASKED_GROUPS, EXPERTS):
+    for (groups, m, expected), (n, k) in product(FEW_MASKED_GROUPS if few_rows else MASKED_GROUPS, EXPERTS):
         yield grouped.MASKED, [groups, m, n, k, expected]
 
 
@@ -137,15 +146,13 @@ def sweep_one(family: str, numbers: list[int], most: int) -> dict[str, float]:
     return {name: round(statistics.median(times), 3) for name, times in taken.items()}
 
 
-def sweep(most: int, limit_s: float) -> list[dict[str, Any]]:
+def sweep(todo: list[tuple[str, list[int]]], most: int, limit_s: float) -> list[dict[str, Any]]:
     """A row for each problem: its family and shape, and us in the order of heuristics.tiles(), None where not timed."""
     tiles = heuristics.tiles()
     compile_many([tile.source() for tile in tiles])
-    todo = list(shapes())
-    random.Random(0).shuffle(todo)  # so that a limit leaves out no family
     rows: list[dict[str, Any]] = []
     begun = time.perf_counter()
-    for family, numbers in todo:
+    for family, numbers in random.Random(0).sample(todo, len(todo)):  # so that a limit leaves out no family
         if time.perf_counter() - begun > limit_s:
             print(f"{limit_s:.0f} s are over: {len(todo) - len(rows)} of {len(todo)} problems are left out", flush=True)
             break
@@ -190,6 +197,7 @@ def report(path: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench.sweep", description="Times tile after tile, to fit the planner to.")
+    parser.add_argument("--few-rows", action="store_true", help="1 to 192 rows instead of 256 to 32,768")
     parser.add_argument("--most", type=int, default=MOST, help="tiles of each problem, the most promising first")
     parser.add_argument(
         "--limit", type=float, default=3600, metavar="SECONDS", help="start no further problem after so long"
@@ -209,11 +217,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     started, gpu = datetime.now(timezone.utc), machine()
     about = {"time": started.isoformat(timespec="seconds"), "machine": gpu, "versions": versions(), **commit()}
     about["tiles"] = " | ".join(tile.name for tile in heuristics.tiles())
-    rows = sweep(args.most, args.limit)
-    complete = len(rows) == len(list(shapes())) and args.most >= MOST
+    todo = list(shapes(args.few_rows))
+    rows = sweep(todo, args.most, args.limit)
+    complete = len(rows) == len(todo) and args.most >= MOST
     folder = args.output or (SWEEPS if complete else Path(tempfile.mkdtemp(prefix="sweep.")))
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{started:%Y-%m-%d}-{slug(gpu['gpu'])}.json"
+    path = folder / f"{started:%Y-%m-%d}-{slug(gpu['gpu'])}{'-few-rows' if args.few_rows else ''}.json"
     path.write_text(as_text(about, rows))
     print(report(path))
     print(path)

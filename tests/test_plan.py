@@ -170,7 +170,7 @@ def test_a_sweep_that_is_not_complete_replaces_none(left_out: int, tmp_path: Pat
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(sweep, "on_hopper", lambda program: True)
     monkeypatch.setattr(sweep, "machine", lambda: {"gpu": "NVIDIA H200", "sms": 132})
-    monkeypatch.setattr(sweep, "sweep", lambda most, limit_s: rows[left_out:])
+    monkeypatch.setattr(sweep, "sweep", lambda todo, most, limit_s: rows[left_out:])
     assert sweep.main([]) == 0
     (path,) = tmp_path.glob("*/*-h200.json")
     assert path.is_relative_to(tmp_path / "kept") is (left_out == 0)
