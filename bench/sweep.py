@@ -1,9 +1,10 @@
 """Times tile after tile on this GPU, to fit the planner's cost model to, and says how well the planner chooses.
 
 Shapes: linear layers of open models with FP8 weights (DeepSeek-V3, Kimi-K2, Qwen3, GLM-4.5, Llama-3.1) with 256 to
-32,768 rows, and experts, contiguous and masked; or DeepSeek-V3's layers with 1 to 192 rows, and other groups. Of each problem the tiles that the cost model holds for the fastest
-are timed, the GPU at load, one after the other in random order and then in the reverse one: a graph of several launches
-over several sets of operands, the median of four replays, once the tile's own power has decided on the clock.
+32,768 rows, and experts, contiguous and masked; or DeepSeek-V3's layers with 1 to 192 rows, and other groups. Of each
+problem the tiles that the cost model holds for the fastest are timed, the GPU at load, one after the other in random
+order and then in the reverse one: a graph of several launches over several sets of operands, the median of four
+replays, once the tile's own power has decided on the clock.
 
     python -m bench.sweep                   # sweeps, and writes to bench/results/sweep
     python -m bench.sweep --few-rows        # the same of few rows

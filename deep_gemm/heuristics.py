@@ -21,6 +21,7 @@ from .runtime.device import Device
 
 START_US = 3.03  # from one launch to the next
 CLUSTER_START_US = 1.19  # more, if CTAs have to start in pairs
+SOONER_US = 0.5  # less, where the first tile is fetched while the CTA gets ready
 TENSOR_GHZ = 1.795  # the tensor cores' clock where nothing else limits them
 CLUSTER_DRAG = 1.03  # more time where every stage waits for both CTAs of a cluster
 ONE_BANK = 1.525  # more time where a sole warpgroup waits for its own promotion
@@ -122,17 +123,19 @@ class _Costs:
         tensor = used * table.tensor_ns
         self.block_ns = _norm(SHARPNESS, tensor, ingest, l2, table.latency_ns) + table.straddle_ns
         k_blocks = problem.k_blocks / (problem.groups if problem.kind in (Kind.K_GROUPED, Kind.K_ENDS) else 1)
+        sooner = SOONER_US * (table.cluster == 1) if problem.kind == Kind.DENSE else 0.0
+        self.start_us = table.start_us - sooner
         compute_us = self.waves * (k_blocks * self.block_ns + table.tile_ns) / 1e3
         self.memory_us = problem.bytes / (MEMORY_EFFICIENCY * device.memory_gbps) / 1e3
         blocks = count * table.cluster * k_blocks
         self.power_us = blocks * BLOCK_K * used * table.area * 2 / FLOP_PER_US
-        self.us = table.start_us + _norm(SHARPNESS / 2, compute_us, self.memory_us, self.power_us) + table.end_us
+        self.us = self.start_us + _norm(SHARPNESS / 2, compute_us, self.memory_us, self.power_us) + table.end_us
 
     def plan(self, i: int) -> Plan:
         """The plan that walks the problem with the table's tile number i."""
         table, tile = self._table, self._table.tiles[i]
         clusters, band = self._walk(i)
-        figures = (self.us[i], table.start_us[i], self.waves[i], self.block_ns[i], table.tile_ns[i])
+        figures = (self.us[i], self.start_us[i], self.waves[i], self.block_ns[i], table.tile_ns[i])
         us, start_us, waves, block_ns, tile_ns = (x.item() for x in figures)
         cost = Cost(
             us, start_us, waves, block_ns, tile_ns, self.memory_us, self.power_us[i].item(), table.end_us[i].item()

@@ -152,27 +152,32 @@ def test_choices_hold_against_a_sweep(names: tuple[str, ...], mean: float, worst
     assert statistics.median(abs(x.foretold_us / x.chosen_us - 1) for x in found if x.chosen_us) < 0.05
 
 
-def test_what_is_swept():
+@pytest.mark.parametrize("name, few_rows, ms", [(MANY_ROWS, False, sweep.MS), (FEW_ROWS, True, sweep.FEW_MS)])
+def test_what_is_swept(name: str, few_rows: bool, ms: tuple[int, ...]):
     """As many dense problems as the planner has to answer for, small and large; and a line for each in the report."""
-    dense = [numbers for family, numbers in sweep.shapes() if family == "dense"]
-    assert len(dense) >= 60 and {m for m, _, _ in dense} == set(sweep.MS)
-    path = max(sweep.SWEEPS.glob(f"*[0-9]-{MANY_ROWS}.json"))
+    shapes = list(sweep.shapes(few_rows))
+    dense = [numbers for family, numbers in shapes if family == "dense"]
+    assert len(dense) >= 60 and {m for m, _, _ in dense} == set(ms)
+    path = max(sweep.SWEEPS.glob(f"*[0-9]-{name}.json"))
     *lines, summary = sweep.report(path).splitlines()
-    assert len(lines) == len(list(sweep.shapes())) and summary.startswith(f"{len(lines)} problems. ")
-    assert {(x.family, *x.shape) for x in sweep.outcomes(path)} == {(family, *n) for family, n in sweep.shapes()}
+    assert len(lines) == len(shapes) and summary.startswith(f"{len(lines)} problems. ")
+    assert {(x.family, *x.shape) for x in sweep.outcomes(path)} == {(family, *n) for family, n in shapes}
 
 
+@pytest.mark.parametrize("arguments, name", [([], MANY_ROWS), (["--few-rows"], FEW_ROWS)])
 @pytest.mark.parametrize("left_out", [0, 1])
-def test_a_sweep_that_is_not_complete_replaces_none(left_out: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_sweep_that_is_not_complete_replaces_none(
+    arguments: list[str], name: str, left_out: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     us = [float(i + 1) for i in range(len(heuristics.tiles()))]
-    rows = [{"family": family, "shape": numbers, "us": us} for family, numbers in sweep.shapes()]
+    rows = [{"family": family, "shape": n, "us": us} for family, n in sweep.shapes(few_rows=bool(arguments))]
     monkeypatch.setattr(sweep, "SWEEPS", tmp_path / "kept")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(sweep, "on_hopper", lambda program: True)
     monkeypatch.setattr(sweep, "machine", lambda: {"gpu": "NVIDIA H200", "sms": 132})
     monkeypatch.setattr(sweep, "sweep", lambda todo, most, limit_s: rows[left_out:])
-    assert sweep.main([]) == 0
-    (path,) = tmp_path.glob("*/*-h200.json")
+    assert sweep.main(arguments) == 0
+    (path,) = tmp_path.glob(f"*/*[0-9]-{name}.json")
     assert path.is_relative_to(tmp_path / "kept") is (left_out == 0)
     assert len(list(sweep.outcomes(path))) == len(rows) - left_out
 
