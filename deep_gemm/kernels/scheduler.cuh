@@ -96,7 +96,8 @@ class Scheduler {
         last = inclusive_sum(groups.base + lane_index() < problem.groups ? (rows + HEIGHT - 1) / HEIGHT * columns : 0);
     }
 
-    // Tile `i` of so many rows of tiles: bands of `band` rows, from top to bottom; in a band down the columns, from left to right.
+    // Tile `i` of so many rows of tiles: bands of `band` rows, from top to bottom; in a band down the columns, from left to right
+    // and, in the next one, back, for the last columns of b are still in L2.
     DEVICE void place(Tile& tile, uint32_t i, uint32_t rows) const {
         // Divisions take long, and the first tile is waited for: none where there is one band, or a band is one row.
         const uint32_t size = problem.band * columns, band = i < size ? 0 : i / size, in_band = i - band * size;
@@ -104,7 +105,8 @@ class Scheduler {
         const uint32_t column = height == 1 ? in_band : in_band / height, row = top + in_band - column * height;
         const uint32_t rank = CLUSTER > 1 ? cluster_rank() : 0;
         tile.m = (row * CLUSTER_M + rank / CLUSTER_N) * BLOCK_M;
-        tile.n = (column * CLUSTER_N + rank % CLUSTER_N) * BLOCK_N, tile.right = problem.n;
+        tile.n = ((band % 2 ? columns - 1 - column : column) * CLUSTER_N + rank % CLUSTER_N) * BLOCK_N;
+        tile.right = problem.n;
     }
 
     // Every one of `total` tiles is followed by a claim of its cluster's. Who makes the last one leaves 0 for the next launch. (A
