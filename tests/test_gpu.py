@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import sanitizer
@@ -13,7 +14,7 @@ import torch
 import deep_gemm
 from deep_gemm import heuristics, reference
 from deep_gemm.config import Config
-from deep_gemm.plan import describing_source
+from deep_gemm.plan import describing_source, make_tile
 from deep_gemm.problem import dense
 from deep_gemm.runtime import device
 from deep_gemm.runtime import launch as launching
@@ -125,6 +126,17 @@ def test_every_tile_gives_the_exact_bits(shape, kind):
                 assert differing(d, want) == 0, (tile, num_sms)
                 assert untouched(), (tile, num_sms)
     assert ran >= 50
+
+
+@pytest.mark.parametrize("tile", [(64, 16), (128, 256), (192, 128), (128, 256, 2, 1)], ids=str)
+@pytest.mark.parametrize("k", [16, 640, 1152])
+def test_more_ctas_than_tiles(tile, k):
+    """None is planned so; but those without a tile load nothing, and end."""
+    a, b = operands(256, 520, k)
+    d, untouched = guarded(256, 520)
+    problem, checked = dense(a, b, d)
+    launch(replace(heuristics.plan_for(make_tile(*tile), problem, device.current(0)), ctas=132), checked)
+    assert differing(d, exact(a, b)) == 0 and untouched()
 
 
 def grid():
