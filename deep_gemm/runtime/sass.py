@@ -109,7 +109,7 @@ def interleave(image: bytes) -> bytes:
     What yields lets another warpgroup issue its wgmmas, or else these come late. It keeps no operand, for those are
     kept for the next instruction of the same warp, and an FFMA that reads three registers takes a clock longer than
     one that reads two: there are two banks of registers. ptxas lets every other one yield since 12.9, none before, and
-    the kernel is 2 and 14 % slower for it (docs/facts.md). Left alone are kernels without wgmmas, those of at most 256
+    the kernel is 2 and 18 % slower for it (docs/facts.md). Left alone are kernels without wgmmas, those of at most 256
     threads, which have no second warpgroup that promotes, and FFMAs with a longer stall.
 
     Raises: InvalidInputError for what is no ELF file; MissingDependencyError without pyelftools.
