@@ -1,10 +1,10 @@
 """Times tile after tile on this GPU, to fit the planner's cost model to, and says how well the planner chooses.
 
 Shapes: linear layers of open models with FP8 weights (DeepSeek-V3, Kimi-K2, Qwen3, GLM-4.5, Llama-3.1) with 256 to
-32,768 rows, and experts, contiguous and masked; or DeepSeek-V3's layers with 1 to 192 rows, and other groups. Of each
-problem the tiles that the cost model holds for the fastest are timed, the GPU at load, one after the other in random
-order and then in the reverse one: a graph of several launches over several sets of operands, the median of four
-replays, once the tile's own power has decided on the clock.
+32,768 rows, and experts, contiguous and masked; or some of them with 1 to 256 rows, and other groups. Of each
+problem the tiles and strips that the cost model holds for the fastest are timed, the GPU at load, one after the other
+in random order and then in the reverse one: a graph of several launches over several sets of operands, the median of
+four replays, once the tile's own power has decided on the clock.
 
     python -m bench.sweep                   # sweeps, and writes to bench/results/sweep
     python -m bench.sweep --few-rows        # the same of few rows
@@ -33,6 +33,7 @@ from bench.graph import capture
 from bench.run import as_text, commit, machine, on_hopper, slug, versions
 from bench.table import RESULTS
 from deep_gemm import heuristics, problem
+from deep_gemm.plan import Plan, Strip, Tile
 from deep_gemm.problem import Kind, Operands, Problem
 from deep_gemm.quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 from deep_gemm.runtime import device
@@ -44,7 +45,7 @@ REPLAY_US = 400
 WARM_S = 0.3
 SETTLE_S = 0.01  # for a tile to be timed at the clock that its own power allows, not at that of the tile before
 MOST_FLOP = 4e12
-MOST = 40  # tiles of a problem
+MOST = 40  # tiles of a problem, and strips of one with few rows
 LAYERS = (  # N, K
     *((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)),  # DeepSeek-V3
     *((36864, 7168), (7168, 18432), (12288, 1536), (16384, 512), (7168, 8192), (576, 7168)),  # and Kimi-K2
@@ -56,12 +57,12 @@ MS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 EXPERTS = (*grouped.EXPERT, (3072, 4096), (4096, 1536))  # N, K of DeepSeek-V3's, and of Qwen3-235B's
 CONTIGUOUS_GROUPS = ((4, 8192), (8, 4096), (32, 256), (16, 512), (64, 128))  # groups, rows of each
 MASKED_GROUPS = ((1, 1024, 1024), (2, 512, 512), (4, 256, 256), (32, 4096, 192), (8, 2048, 700))  # and expected
-FEW_LAYERS = (*LAYERS[:6], (576, 7168), (2048, 4096))
-FEW_MS = (1, 8, 16, 32, 64, 96, 128, 192)
+FEW_LAYERS = (*LAYERS[:13], *LAYERS[14:19], (2048, 4096), (1280, 8192))
+FEW_MS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 FEW_CONTIGUOUS_GROUPS = ((8, 1024), (16, 384), (8, 2048))
 FEW_MASKED_GROUPS = (
     *((32, 4096, 20), (8, 256, 128), (64, 512, 48), (32, 512, 64)),
-    *((8, 512, 100), (16, 1024, 350), (4, 2048, 700), (32, 256, 8)),
+    *((8, 512, 100), (16, 1024, 350), (4, 2048, 700), (32, 256, 8), (1, 256, 100), (128, 256, 16)),
 )
 
 
@@ -121,22 +122,31 @@ def keep_busy(graph: torch.cuda.CUDAGraph, seconds: float) -> None:
         torch.cuda.synchronize()
 
 
+def label(plan: Plan) -> str:
+    """A tile's name, or a strip's with how it is launched."""
+    strip = f" K/{plan.split} stages {plan.stages}" if isinstance(plan.tile, Strip) else ""
+    return plan.tile.name + strip
+
+
 def sweep_one(family: str, numbers: list[int], most: int) -> dict[str, float]:
-    """Microseconds of each tile, by name."""
+    """Microseconds of each plan, by label."""
     about = problem_of(family, numbers)
-    plans = list(heuristics.ranked(about, device.current())[:most])
+    every = heuristics.ranked(about, device.current(), every_split=True)
+    plans = [plan for kind in (Tile, Strip) for plan in [x for x in every if isinstance(x.tile, kind)][:most]]
+    # Few rows wait for memory, not for power: then there is nothing that has to settle.
+    warm_s, settle_s = (0.02, 0.0) if family == grouped.DENSE and about.m <= max(FEW_MS) else (WARM_S, SETTLE_S)
     random.Random(str(numbers)).shuffle(plans)
     sets = [operands_of(family, numbers) for _ in range(max(2, min(8, int(3e8 / about.bytes) + 1)))]
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
     for plan in plans:
         launches = len(sets) * max(1, round(REPLAY_US / plan.cost.us / len(sets)))
         graph = capture(lambda x, plan=plan: (launch(plan, x), x.d)[1], sets, launches)
-        graphs[plan.tile.name] = graph, launches
-    keep_busy(next(iter(graphs.values()))[0], WARM_S)
+        graphs[label(plan)] = graph, launches
+    keep_busy(next(iter(graphs.values()))[0], warm_s)
     taken: dict[str, list[float]] = {name: [] for name in graphs}
     for name in (*graphs, *reversed(graphs)):  # there and back, for the GPU grows warmer, and its clock slower
         graph, launches = graphs[name]
-        keep_busy(graph, SETTLE_S)
+        keep_busy(graph, settle_s)
         for _ in range(2):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -148,9 +158,10 @@ def sweep_one(family: str, numbers: list[int], most: int) -> dict[str, float]:
 
 
 def sweep(todo: list[tuple[str, list[int]]], most: int, limit_s: float) -> list[dict[str, Any]]:
-    """A row for each problem: its family and shape, and us in the order of heuristics.tiles(), None where not timed."""
+    """A row for each problem: its family and shape; us in the order of heuristics.tiles(), None where not timed; us of
+    strips, by label."""
     tiles = heuristics.tiles()
-    compile_many([tile.source() for tile in tiles])
+    compile_many([kernel.source() for kernel in heuristics.kernels()])
     rows: list[dict[str, Any]] = []
     begun = time.perf_counter()
     for family, numbers in random.Random(0).sample(todo, len(todo)):  # so that a limit leaves out no family
@@ -158,7 +169,8 @@ def sweep(todo: list[tuple[str, list[int]]], most: int, limit_s: float) -> list[
             print(f"{limit_s:.0f} s are over: {len(todo) - len(rows)} of {len(todo)} problems are left out", flush=True)
             break
         us = sweep_one(family, numbers, most)
-        rows.append({"family": family, "shape": numbers, "us": [us.get(tile.name) for tile in tiles]})
+        of_tiles = [us.pop(tile.name, None) for tile in tiles]
+        rows.append({"family": family, "shape": numbers, "us": of_tiles} | ({"strips": us} if us else {}))
         torch.cuda.empty_cache()
     return rows
 
@@ -169,8 +181,9 @@ def outcomes(path: Path) -> Iterator[Outcome]:
     gpu = device.named(swept["machine"]["gpu"], swept["machine"]["sms"])
     for row in swept["rows"]:
         us = {name: time for name, time in zip(swept["tiles"].split(" | "), row["us"], strict=True) if time}
+        us |= row.get("strips", {})
         plan = heuristics.choose(problem_of(row["family"], row["shape"]), gpu)
-        name, fastest = plan.tile.name, min(us, key=us.__getitem__)
+        name, fastest = label(plan), min(us, key=us.__getitem__)
         yield Outcome(row["family"], row["shape"], name, us.get(name), plan.cost.us, fastest, us[fastest])
 
 
@@ -198,7 +211,7 @@ def report(path: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench.sweep", description="Times tile after tile, to fit the planner to.")
-    parser.add_argument("--few-rows", action="store_true", help="1 to 192 rows instead of 256 to 32,768")
+    parser.add_argument("--few-rows", action="store_true", help="1 to 256 rows instead of 256 to 32,768")
     parser.add_argument("--most", type=int, default=MOST, help="tiles of each problem, the most promising first")
     parser.add_argument(
         "--limit", type=float, default=3600, metavar="SECONDS", help="start no further problem after so long"

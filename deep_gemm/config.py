@@ -18,6 +18,7 @@ class Config:
         tc_util: share of the tensor cores' peak to use at most, in percent.
         pdl: whether a kernel may start while the one before it on the stream still runs.
         block_m, block_n: what a tile's rows and columns are multiples of.
+        batch_invariant: whether a row's bits are the same for every M.
     """
 
     num_sms: int | None = None
@@ -25,11 +26,11 @@ class Config:
     pdl: bool = False
     block_m: int = 1
     block_n: int = 1
+    batch_invariant: bool = False
 
 
 _config = Config()
 _compile_mode = 0
-_batch_invariant = False
 
 
 def current() -> Config:
@@ -73,7 +74,9 @@ def get_tc_util() -> int:
 def set_pdl(enable: bool) -> None:
     """Lets kernels start while the one before them on the stream still runs (programmatic dependent launch).
 
-    A kernel waits for the one before it before it reads or writes memory, so results do not change.
+    A dense multiplication then reads b and its scales before the kernel right before it on the stream has ended, and
+    waits for that one before it reads a or writes d. So the contract: neither that kernel nor one that it overlaps with
+    writes b or b's scales. (Weights never are.) Results do not change. In CUDA graphs it holds likewise.
 
     Raises: InvalidInputError for anything but True and False.
     """
@@ -126,17 +129,19 @@ def get_compile_mode() -> int:
 
 
 def set_batch_invariant(enable: bool) -> None:
-    """Taken for compatibility: a row has the same bits for every M and every tile, whether this is on or off.
+    """Makes every row's bits the same for all M: K is never divided among the CTAs of a cluster.
+
+    Without it a row has the same bits for all M with the same split (`deep-gemm explain`): for few rows, K may be added
+    up in 2, 4 or 8 parts. What it costs: README.md, Interface.
 
     Raises: InvalidInputError for anything but True and False.
     """
-    global _batch_invariant
-    _batch_invariant = _flag("set_batch_invariant", enable)
+    _change(batch_invariant=_flag("set_batch_invariant", enable))
 
 
 def get_batch_invariant() -> bool:
     """As set_batch_invariant set it."""
-    return _batch_invariant
+    return _config.batch_invariant
 
 
 def set_ignore_compile_dims(ignore: bool) -> None:

@@ -68,8 +68,8 @@ def fp8_gemm_nt(
         compiled_dims: taken for compatibility; a kernel serves every M, N and K.
         disable_ue8m0_cast: taken for compatibility; Hopper multiplies with the FP32 scales as they are.
 
-    CUDA tensors run on the current stream of their device, CPU tensors on the CPU. A row has the same bits for every M,
-    and on every tile.
+    CUDA tensors run on the current stream of their device, CPU tensors on the CPU. A row has the same bits every time,
+    and for every M whose plan splits K alike: for all after `set_batch_invariant(True)`.
 
     Raises:
         InvalidInputError: an operand that does not fit, before anything is launched.
@@ -291,13 +291,21 @@ def _run(problem: Problem, operands: Operands) -> None:
         if not config.get_compile_mode():
             reference.multiply(problem, operands)
         return
-    plan = _plan(problem, index, config.current())
+    plan = plan_of(problem, index)
     if config.get_compile_mode():
         prepare(plan, index)
     elif problem.k == 0:  # no group has any columns
         operands.d.zero_() if operands.c is None else operands.d.copy_(operands.c)
     else:
         launch(plan, operands)
+
+
+def plan_of(problem: Problem, device_index: int = 0) -> Plan:
+    """The plan that a call follows on that CUDA device, as settings are now; the exact reference needs its `split`.
+
+    Raises: UnsupportedDeviceError, InvalidInputError.
+    """
+    return _plan(problem, device_index, config.current())
 
 
 @lru_cache(maxsize=4096)

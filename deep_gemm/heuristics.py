@@ -12,16 +12,20 @@ from typing import Any
 
 import numpy as np
 
+from . import decode
 from .config import Config
 from .errors import InvalidInputError
 from .layout import align, ceil_div
-from .plan import BLOCK_K, Cost, Plan, Tile, make_tile
+from .plan import BLOCK_K, Cost, Plan, Strip, Tile, make_tile
 from .problem import Kind, Problem
 from .runtime.device import Device
 
 START_US = 3.03  # from one launch to the next
 CLUSTER_START_US = 1.19  # more, if CTAs have to start in pairs
 SOONER_US = 0.5  # less, where the first tile is fetched while the CTA gets ready
+OVERLAP_US = 0.9  # less, where that happens while the kernel before still runs, and
+READY_US = 1.0  # less, if all of the tile is fetched so
+AHEAD = 6  # K blocks that are (kernels/storage.cuh)
 TENSOR_GHZ = 1.795  # the tensor cores' clock where nothing else limits them
 CLUSTER_DRAG = 1.03  # more time where every stage waits for both CTAs of a cluster
 ONE_BANK = 1.525  # more time where a sole warpgroup waits for its own promotion
@@ -59,6 +63,11 @@ def tiles(column_scales: bool = False) -> tuple[Tile, ...]:
     # In clusters along N 128x256 spills, and those with several main loops were never faster by more than 0.1 %.
     worth = (t for t in every if t.cluster_n == 1 or (t.ranges == 1 and (t.block_m, t.block_n) != (128, 256)))
     return *worth, make_tile(192, 80), make_tile(192, 112)  # two for set_block_size_multiple_of alone
+
+
+def kernels(column_scales: bool = False) -> tuple[Tile | Strip, ...]:
+    """All that the planner may choose: the closed set of kernels."""
+    return tiles(column_scales) if column_scales else (*tiles(), *decode.strips())
 
 
 class _Table:
@@ -140,7 +149,10 @@ class _Costs:
         cost = Cost(
             us, start_us, waves, block_ns, tile_ns, self.memory_us, self.power_us[i].item(), table.end_us[i].item()
         )
-        return Plan(self._problem, tile, clusters * tile.cluster, band, self._config.tc_util, self._config.pdl, cost)
+        ctas, config, problem = clusters * tile.cluster, self._config, self._problem
+        # Launches that overlap start CTAs one by one, which then read a's rows at different times (docs/facts.md).
+        apart = problem.kind == Kind.DENSE and problem.m > 64 and problem.k >= LONG_K
+        return Plan(problem, tile, ctas, band, config.tc_util, config.pdl and not apart, cost, tile.stages)
 
     def _walk(self, i: int) -> tuple[int, int]:
         """How many clusters run, and the height of the bands that they walk: those that cost L2 and memory least.
@@ -178,25 +190,68 @@ def _turns(count: Any, clusters: Any, half: Any) -> Any:
     return turns + (rest > 0) * (1 - halved * (1 - half))
 
 
-def ranked(problem: Problem, device: Device, config: Config = DEFAULT) -> tuple[Plan, ...]:
-    """A plan for every tile that is legal for the problem, the cheapest first."""
-    table = _table(problem.column_scales)
-    costs = _Costs(table, problem, device, config)
-    legal = np.flatnonzero(_legal(table, problem, device, config))
-    return tuple(costs.plan(i) for i in legal[np.argsort(costs.us[legal], kind="stable")])
+def ranked(problem: Problem, device: Device, config: Config = DEFAULT, every_split: bool = False) -> tuple[Plan, ...]:
+    """A plan for every tile that is legal for the problem, and for every strip, the cheapest first.
+
+    All split K as the chosen one does; with every_split, in any way.
+    """
+    options = _Options(problem, device, config)
+    split = None if every_split or not options.any else options.split()
+    return tuple(options.plan(i) for i in options.cheapest_first(split))
 
 
 def choose(problem: Problem, device: Device, config: Config = DEFAULT) -> Plan:
-    """The plan that the cost model holds for the fastest. Deterministic.
+    """The plan that the cost model holds for the fastest. Deterministic. Whether launches overlap does not change bits.
 
     Raises: InvalidInputError where set_block_size_multiple_of leaves no tile that is legal.
     """
-    table = _table(problem.column_scales)
-    legal = _legal(table, problem, device, config)
-    if not legal.any():
+    options = _Options(problem, device, config)
+    if not options.any:
         raise InvalidInputError(f"no tile is left for {problem}: allow smaller ones by set_block_size_multiple_of(1)")
-    costs = _Costs(table, problem, device, config)
-    return costs.plan(int(np.where(legal, costs.us, np.inf).argmin()))
+    return options.plan(options.cheapest(config.pdl, options.split()))
+
+
+class _Options:
+    """Tiles, and then strips, with what they cost (infinite where they are not legal)."""
+
+    def __init__(self, problem: Problem, device: Device, config: Config) -> None:
+        table = _table(problem.column_scales)
+        self._pdl = config.pdl
+        self._tiles = _Costs(table, problem, device, config)
+        legal = _legal(table, problem, device, config)
+        us = np.where(legal, self._tiles.us, np.inf)
+        ready = min(1.0, AHEAD / problem.k_blocks) if problem.k else 0.0
+        together = problem.m <= 64 or problem.k < LONG_K
+        overlap = (
+            together * (OVERLAP_US + READY_US * ready) * (table.cluster == 1) if problem.kind == Kind.DENSE else 0.0
+        )
+        self._us, self._split = [us, us - overlap], np.ones(len(us), dtype=int)
+        self._strips = decode.Costs(problem, device, config) if decode.takes(problem, config) else None
+        if self._strips:
+            of_strips = (np.where(self._strips.legal, self._strips.us(pdl), np.inf) for pdl in (False, True))
+            self._us = [np.concatenate(pair) for pair in zip(self._us, of_strips, strict=True)]
+            self._split = np.concatenate([self._split, self._strips.table.split])
+        self.any = bool(np.isfinite(self._us[0]).any())
+
+    def cheapest(self, pdl: bool, split: int) -> int:
+        return int(np.where(self._split == split, self._us[pdl], np.inf).argmin())
+
+    def split(self) -> int:
+        """Into how many parts K is split: the same with and without overlap, what is fastest on the whole."""
+        splits = sorted(set(self._split[np.isfinite(self._us[0])].tolist()))
+        return min(splits, key=lambda split: sum(self._us[pdl][self.cheapest(pdl, split)] for pdl in (False, True)))
+
+    def cheapest_first(self, split: int | None) -> list[int]:
+        us = self._us[self._pdl]
+        legal = np.flatnonzero(np.isfinite(us) & ((self._split == split) | (split is None)))
+        return legal[np.argsort(us[legal], kind="stable")].tolist()
+
+    def plan(self, i: int) -> Plan:
+        tiles = len(self._tiles.us)
+        if i < tiles:
+            return self._tiles.plan(i)
+        assert self._strips
+        return self._strips.plan(i - tiles)
 
 
 def is_legal(tile: Tile, problem: Problem, device: Device, config: Config = DEFAULT) -> bool:
@@ -253,11 +308,13 @@ def _norm(p: float, *terms: Any) -> Any:
     return sum(term**p for term in terms) ** (1 / p)
 
 
-def box_rows(tile: Tile, problem: Problem) -> int:
+def box_rows(tile: Tile | Strip, problem: Problem) -> int:
     """Rows of a that one copy brings. Rows past a small M, or a small group, would take time and serve nobody.
 
     The CTAs of a cluster load their shared operand in halves.
     """
+    if isinstance(tile, Strip):
+        return min(tile.block_m, problem.m)
     rows = min(tile.block_m // tile.cluster_n, align(problem.m, 8))
     if problem.kind in (Kind.MASKED, Kind.ENDS) and tile.cluster_n == 1:
         expected = problem.rows // problem.groups

@@ -28,31 +28,50 @@ _E4M3_SMALLEST_NORMAL = 2.0**-6  # subnormals share its exponent
 
 
 def fp8_gemm_nt(
-    a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, *, exact: bool = False
+    a: torch.Tensor,
+    a_scales: torch.Tensor,
+    b: torch.Tensor,
+    b_scales: torch.Tensor,
+    *,
+    exact: bool = False,
+    split: int = 1,
 ) -> torch.Tensor:
     """a @ b.T with scales, before the rounding to BF16: [M, N] FP32, a new tensor.
 
     a: [M, K] E4M3. a_scales: [M, ceil(K / 128)] FP32. b: [N, K] E4M3. b_scales: [ceil(N / 128), ceil(K / 128)] FP32.
     Any strides, any K. exact: bit for bit Hopper's result, some thirty times slower; else FP32 matrix multiplications.
+    split: into how many parts the plan divides K (`Plan.split`). Each is added up from 0, then one after the other.
     """
-    return fp8_gemm_nt_per_column_scales(a, a_scales, b, _per_column(b_scales, b), exact=exact)
+    return fp8_gemm_nt_per_column_scales(a, a_scales, b, _per_column(b_scales, b), exact=exact, split=split)
 
 
 def fp8_gemm_nt_per_column_scales(
-    a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, *, exact: bool = False
+    a: torch.Tensor,
+    a_scales: torch.Tensor,
+    b: torch.Tensor,
+    b_scales: torch.Tensor,
+    *,
+    exact: bool = False,
+    split: int = 1,
 ) -> torch.Tensor:
     """fp8_gemm_nt with b_scales [N, ceil(K / 128)], a row per row of b: for rows picked out of a larger b."""
+    blocks = ceil_div(a.shape[1], BLOCK)
+    ends = {blocks * part // split - 1 for part in range(1, split)}  # the last block of every part but the last one
     result = torch.empty(a.shape[0], b.shape[0], dtype=torch.float32, device=a.device)
     tile = _EXACT_CPU_TILE if exact and a.device.type == "cpu" else _TILE
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):  # as on the GPU, neither has a say
         for rows, columns in _tiles(result, tile):
-            total = torch.zeros_like(result[rows, columns])
-            for x, y, scale_x, scale_y in _k_blocks(a[rows], a_scales[rows], b[columns], b_scales[columns]):
+            total, before = torch.zeros_like(result[rows, columns]), None
+            pairs = _k_blocks(a[rows], a_scales[rows], b[columns], b_scales[columns])
+            for block, (x, y, scale_x, scale_y) in enumerate(pairs):
                 if exact:
                     total = _fma(scale_x * scale_y, _tensor_core_block(x, y), total)
                 else:
                     total.addcmul_(scale_x * scale_y, x @ y.T)
-            result[rows, columns] = total
+                if block in ends:
+                    before = total if before is None else before + total
+                    total = torch.zeros_like(total)
+            result[rows, columns] = total if before is None else before + total
         return _with_one_nan(result)
 
 
@@ -65,14 +84,18 @@ def run(
     d: torch.Tensor,
     *,
     exact: bool = False,
+    split: int = 1,
 ) -> None:
     """Writes fp8_gemm_nt(...), rounded to BF16, into d [M, N]."""
-    d.copy_(to_bf16(fp8_gemm_nt(a, a_scales, b, b_scales, exact=exact)))
+    d.copy_(to_bf16(fp8_gemm_nt(a, a_scales, b, b_scales, exact=exact, split=split)))
 
 
 @torch.no_grad()
-def multiply(problem: Problem, o: Operands, *, exact: bool = False) -> None:
-    """Writes into o.d what the kernel writes there, for every kind of problem; the other rows of d stay as they are."""
+def multiply(problem: Problem, o: Operands, *, exact: bool = False, split: int = 1) -> None:
+    """Writes into o.d what the kernel writes there, for every kind of problem; the other rows of d stay as they are.
+
+    split: into how many parts the plan divides K, which is 1 but for dense problems of few rows.
+    """
     row_scales = fp8_gemm_nt_per_column_scales if problem.column_scales else fp8_gemm_nt
     if problem.column_scales:
         for d, c, a, a_scales, b, b_scales in _column_scaled(problem, o):
@@ -83,7 +106,7 @@ def multiply(problem: Problem, o: Operands, *, exact: bool = False) -> None:
         a, d, a_scales = (x[group] if x.dim() == 3 else x for x in (o.a, o.d, o.a_scales))
         b, b_scales = (x[group] if x.dim() == 3 else x for x in (o.b, o.b_scales))
         picked = a.view(torch.uint8)[rows].view(a.dtype)
-        d[rows] = to_bf16(row_scales(picked, a_scales[rows], b, b_scales, exact=exact))
+        d[rows] = to_bf16(row_scales(picked, a_scales[rows], b, b_scales, exact=exact, split=split))
     if o.clear_padding:
         o.d[_padding(problem, o.layout)] = 0
 

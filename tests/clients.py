@@ -118,6 +118,7 @@ class Operands:
     def check(self) -> None:
         """Equal bits with the reference, which leaves alone what the kernel is to leave alone."""
         from deep_gemm import problem, reference
+        from deep_gemm.gemm import plan_of
 
         d = torch.full_like(self.out, FILL)
         if self.kind == "dense":
@@ -126,7 +127,8 @@ class Operands:
             described, operands = problem.contiguous(self.lhs, self.rhs, d, self.layout, False, 128, None, True)
         else:
             described, operands = problem.masked(self.lhs, self.rhs, d, self.layout, self.expected_m)
-        reference.multiply(described, operands, exact=self.out.is_cuda)
+        on_gpu = self.out.is_cuda
+        reference.multiply(described, operands, exact=on_gpu, split=plan_of(described).split if on_gpu else 1)
         differing = int((self.out.view(torch.int16) != d.view(torch.int16)).sum())
         check(differing == 0, f"{differing} of {d.numel()} values differ")
         check(bool((~self.out.isnan()).any()), "nothing was written")

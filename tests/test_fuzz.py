@@ -78,7 +78,9 @@ def test_samples_of_large_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every case taken for a large one; exact, for fewer rows may get another order of summation from torch."""
     multiply = partial(reference.multiply, exact=True)
     monkeypatch.setattr(gemm, "reference", type("", (), {"multiply": staticmethod(multiply)}))
-    monkeypatch.setattr(fuzz, "reference", type("", (), {"multiply": staticmethod(lambda p, o, exact: multiply(p, o))}))
+    monkeypatch.setattr(
+        fuzz, "reference", type("", (), {"multiply": staticmethod(lambda p, o, exact, split: multiply(p, o))})
+    )
     monkeypatch.setattr(fuzz, "WHOLE", 0)
     numbers = [n for n in range(80) if cost(fuzz.make_case(6, n, "cpu")) < 2e6]
     assert len(numbers) > 15
@@ -133,7 +135,7 @@ def test_a_slice_on_the_gpu(
     record_property: Callable[[str, object], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    compile_many([tile.source() for columns in (False, True) for tile in heuristics.tiles(columns)])
+    compile_many([kernel.source() for columns in (False, True) for kernel in heuristics.kernels(columns)])
     minutes = request.config.getoption("--fuzz-minutes")
     outcome = fuzz.main(["--seed", str(seed), *(("--minutes", str(minutes)) if minutes else ("--cases", "40"))])
     said = capsys.readouterr().out

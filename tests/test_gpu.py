@@ -14,8 +14,9 @@ import torch
 import deep_gemm
 from deep_gemm import heuristics, reference
 from deep_gemm.config import Config
+from deep_gemm.gemm import plan_of
 from deep_gemm.plan import describing_source, make_tile
-from deep_gemm.problem import dense
+from deep_gemm.problem import Problem, dense
 from deep_gemm.runtime import device
 from deep_gemm.runtime import launch as launching
 from deep_gemm.runtime.compiler import compile, compile_many, cubin_for
@@ -36,6 +37,8 @@ def compiled():
 def everything_restored():
     yield
     deep_gemm.set_num_sms(None)
+    deep_gemm.set_batch_invariant(False)
+    deep_gemm.set_pdl(False)
 
 
 def test_every_tile_compiles_clean_with_the_compiler_of_this_machine(compiled):
@@ -91,9 +94,11 @@ def guarded(m, n):
     return d, untouched
 
 
-def exact(a, b):
+def exact(a, b, split=None):
+    """What the call gives, bit for bit, or a kernel that splits K so."""
     d = torch.empty(a[0].shape[0], b[0].shape[0], dtype=torch.bfloat16, device="cuda")
-    reference.run(*a, *b, d, exact=True)
+    split = plan_of(dense(a, b, d)[0]).split if split is None else split
+    reference.run(*a, *b, d, exact=True, split=split)
     return d
 
 
@@ -117,7 +122,7 @@ def on_tile(tile, a, b, d, num_sms=132):
 )
 def test_every_tile_gives_the_exact_bits(shape, kind):
     a, b = operands(*shape, kind=kind)
-    want, ran = exact(a, b), 0
+    want, ran = exact(a, b, split=1), 0
     for tile in heuristics.tiles():
         for num_sms in (132, 5):
             d, untouched = guarded(*shape[:2])
@@ -174,7 +179,9 @@ def check(m, n, k, seed, kind="normal"):
     )
     picked_a = a[0].view(torch.uint8)[rows].view(torch.float8_e4m3fn), a[1][rows]
     picked_b = b[0].view(torch.uint8)[columns].view(torch.float8_e4m3fn), b[1][columns // 128]
-    want = reference.to_bf16(reference.fp8_gemm_nt_per_column_scales(*picked_a, *picked_b, exact=True))
+    split = plan_of(Problem(m, n, k)).split
+    total = reference.fp8_gemm_nt_per_column_scales(*picked_a, *picked_b, exact=True, split=split)
+    want = reference.to_bf16(total)
     assert differing(d[rows][:, columns], want) == 0, (m, n, k, seed, kind)
     assert untouched(), (m, n, k, seed, kind)
     if kind == "normal":
@@ -235,6 +242,7 @@ def test_thousand_repeats_give_equal_bits(shape, num_sms):
     """On few SMs every CTA has many tiles; the first result there is held against that of all."""
     a, b = operands(*shape)
     first = torch.empty(shape[0], shape[1], dtype=torch.bfloat16, device="cuda")
+    deep_gemm.set_batch_invariant(num_sms is not None)
     deep_gemm.fp8_gemm_nt(a, b, first)
     differences = torch.zeros((), dtype=torch.int64, device="cuda")
     d = torch.empty_like(first)
@@ -247,13 +255,19 @@ def test_thousand_repeats_give_equal_bits(shape, num_sms):
 
 
 def test_rows_have_the_same_bits_for_every_m():
+    """If batches are to be invariant; else for every M whose plan splits K alike."""
     a, b = operands(4096, 2112, 1024)
-    whole = torch.empty(4096, 2112, dtype=torch.bfloat16, device="cuda")
-    deep_gemm.fp8_gemm_nt(a, b, whole)
-    for m in (1, 2, 17, 64, 100, 128, 200, 777, 2048):
-        d, _ = guarded(m, 2112)
-        deep_gemm.fp8_gemm_nt((a[0][:m], a[1][:m].contiguous()), b, d)
-        assert differing(d, whole[:m].contiguous()) == 0, m
+    of_split: dict[int, torch.Tensor] = {}
+    for invariant in (True, False):
+        deep_gemm.set_batch_invariant(invariant)
+        for m in (4096, 1, 2, 17, 64, 100, 128, 200, 777, 2048):
+            split = plan_of(Problem(m, 2112, 1024)).split
+            assert split == 1 or not invariant
+            d, _ = guarded(m, 2112)
+            deep_gemm.fp8_gemm_nt((a[0][:m], a[1][:m].contiguous()), b, d)
+            whole = of_split.setdefault(split, exact(a, b, split) if split > 1 else d)
+            assert differing(d, whole[:m].contiguous()) == 0, (m, invariant)
+    assert len(of_split) > 1
 
 
 def test_scales_in_any_strides():
@@ -335,7 +349,7 @@ def test_debug_builds_give_the_same_bits(monkeypatch):
     """With a time limit on every wait."""
     monkeypatch.setenv("DG_JIT_DEBUG", "1")
     a, b = operands(257, 528, 1152)
-    want = exact(a, b)
+    want = exact(a, b, split=1)
     for shape in ((64, 16, 1, 1), (64, 48, 1, 2), (128, 112, 1, 1), (128, 256, 2, 1), (192, 128, 1, 2)):
         d, untouched = guarded(257, 528)
         assert on_tile(heuristics.make_tile(*shape), a, b, d)
@@ -371,7 +385,8 @@ with torch.cuda.graph(graph):
 assert not d.any(), "the call ran while it was captured"
 graph.replay()
 want = torch.empty_like(d)
-deep_gemm.reference.run(*a, *b, want, exact=True)
+split = deep_gemm.gemm.plan_of(deep_gemm.problem.Problem(100, 576, 512)).split
+deep_gemm.reference.run(*a, *b, want, exact=True, split=split)
 assert torch.equal(d.view(torch.int16), want.view(torch.int16))
 d.zero_()
 deep_gemm.fp8_gemm_nt(a, b, d)

@@ -6,7 +6,6 @@ Dead rows always hold NaN or 1e38, in values and scales, and d lies between guar
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import late
 import pytest
 import sanitizer
 import torch
@@ -24,8 +24,8 @@ from deep_gemm import problem as checks
 from deep_gemm.config import Config
 from deep_gemm.plan import describing_source
 from deep_gemm.problem import E4M3, Kind, Operands, Problem
-from deep_gemm.runtime import device, driver
-from deep_gemm.runtime.compiler import Source, compile_many, cubin_for
+from deep_gemm.runtime import device
+from deep_gemm.runtime.compiler import compile_many
 from deep_gemm.runtime.launch import launch
 from deep_gemm.testing import fuzz
 
@@ -204,7 +204,7 @@ def call(case: Case) -> None:
 
 def exact(case: Case) -> torch.Tensor:
     d = torch.full_like(case.operands.d, NAN, memory_format=torch.contiguous_format)
-    reference.multiply(case.problem, case.operands._replace(d=d), exact=True)
+    reference.multiply(case.problem, case.operands._replace(d=d), exact=True, split=gemm.plan_of(case.problem).split)
     return d
 
 
@@ -233,7 +233,7 @@ def check_sample(case: Case, rows: Sequence[int], column_blocks: Sequence[int]) 
     call(case)
     before = o._replace(d=torch.full((1,), NAN, dtype=o.d.dtype, device="cuda").expand(o.d.shape))
     problem, want = fuzz.reduced(case.problem, before, case.ranges, at, of)
-    reference.multiply(problem, want, exact=True)
+    reference.multiply(problem, want, exact=True, split=gemm.plan_of(case.problem).split)
     got = o.d.index_select(-2, at)
     got = torch.cat([got[..., block * 128 : block * 128 + 128] for block in column_blocks], -1)
     assert differing(got, want.d) == 0, case.problem
@@ -471,17 +471,6 @@ def test_a_producer_right_before_an_early_launch(kind):
     assert untouched(case)
 
 
-# Lets the next kernel start at once, and writes only after a while.
-LATE_COPY = """
-extern "C" __global__ void late_copy(uint4* to, const uint4* from, unsigned int count) {
-    asm volatile("griddepcontrol.launch_dependents;");
-    for (const long long start = clock64(); clock64() - start < 100000;) {}
-    const unsigned int first = blockIdx.x * blockDim.x + threadIdx.x;
-    for (unsigned int i = first; i < count; i += gridDim.x * blockDim.x) to[i] = from[i];
-}
-"""
-
-
 @pytest.mark.parametrize("kind", ["dense", "contiguous", "ends", "masked", "columns"])
 def test_an_early_launch_waits_for_its_producer(kind):
     """A kernel that lets ours start before it has written a. Nothing else runs in between."""
@@ -497,19 +486,14 @@ def test_an_early_launch_waits_for_its_producer(kind):
     case = case._replace(operands=case.operands._replace(**aligned))
     a, want = case.operands.a, exact(case)
     fresh = a.clone()
-    cuda, kernel = driver.driver(), driver.load(cubin_for(Source("late.cu", LATE_COPY)), "late_copy", "late")
-    function = cuda.CUfunction(int(kernel))
-    values_of = (ctypes.c_uint64(a.data_ptr()), ctypes.c_uint64(fresh.data_ptr()), ctypes.c_uint32(a.numel() // 16))
-    parameters = (ctypes.c_void_p * 3)(*map(ctypes.addressof, values_of))
+    produce = late.copier(a, fresh)
     deep_gemm.set_pdl(True)
     call(case)  # is compiled
     for _ in range(20):
         a.view(torch.uint8).fill_(0x7F)
         case.operands.d.fill_(NAN)
         torch.cuda.synchronize()
-        stream = torch.cuda.current_stream().cuda_stream
-        sizes = (8, 1, 1, 256, 1, 1, 0)
-        driver.check(cuda.cuLaunchKernel(function, *sizes, stream, ctypes.addressof(parameters), 0), "launching")
+        produce()
         call(case)
         assert differing(case.operands.d, want) == 0
     assert untouched(case)

@@ -16,7 +16,7 @@ import torch
 from deep_gemm import heuristics
 from deep_gemm.config import Config
 from deep_gemm.errors import LaunchError
-from deep_gemm.plan import Plan
+from deep_gemm.plan import Plan, Strip
 from deep_gemm.problem import Kind, Operands, Problem
 from deep_gemm.runtime import driver, launch
 from deep_gemm.runtime.compiler import compile
@@ -146,6 +146,37 @@ def test_operands_are_described(notes: Notes):
     assert fields(launched, "box_rows", "scale_rows", "pace", "clear_padding") == [128, 128, 0, 0]
     assert fields(launched, "b_scales", "b_scale_stride_n", "b_scale_stride_k") == [o.b_scales.data_ptr(), 4, 1]
     assert fields(launched, "layout", "c", "maps", "counter") == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("m", "box", "scales"), [(1, 1, 4), (7, 7, 8), (20, 20, 20), (64, 64, 64)])
+def test_operands_of_a_strip_are_described(m: int, box: int, scales: int, notes: Notes):
+    """As many rows of a as there are; d has no description, for the kernel stores by itself."""
+    o = operands(m, 264, 4000)
+    every = heuristics.ranked(Problem(m, 264, 4000), H200, every_split=True)
+    p = next(plan for plan in every if isinstance(plan.tile, Strip) and plan.split == 4)
+    launch.launch(p, o)
+    a, b, a_scales = notes.encoded
+    assert (a.shape, a.box) == ([4000, m, 1], [128, box, 1])
+    assert (b.shape, b.box) == ([4000, 264, 1], [128, p.tile.block_n, 1])
+    assert (a_scales.shape, a_scales.box) == ([m, 32, 1], [scales, 1, 1])
+    (launched,) = notes.launched
+    assert (launched.grid, launched.threads, launched.smem) == (p.ctas, p.tile.threads, p.smem_bytes)
+    assert (launched.cluster, launched.grid % 4) == (4, 0)
+    assert fields(launched, "box_rows", "scale_rows", "stages", "counter") == [box, scales, p.stages, 0]
+    assert fields(launched, "d", "d_stride_m") == [o.d.data_ptr(), 264]
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_what_may_be_fetched_early(columns: bool, notes: Notes):
+    """b of a launch that overlaps; but not if its scales are per row: then b is as new as a."""
+    described = {"column_scales": True} if columns else {}
+    o = operands(300, 264, 400)
+    if columns:
+        o = o._replace(b_scales=torch.ones(4, 264).t(), d=torch.empty(300, 264))
+    for pdl in (False, True):
+        launch.launch(plan((128, 128), 300, 264, 400, Config(pdl=pdl), **described), o)
+    assert [bool(x.problem["overlaps"]) for x in notes.launched] == [False, not columns]
+    assert [len(x.attributes) for x in notes.launched] == [0, 1]
 
 
 def fields(launched: SimpleNamespace, *names: str) -> list[int]:

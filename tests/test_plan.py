@@ -139,7 +139,7 @@ def test_every_block_size_multiple_that_has_a_tile_finds_one(block_m: int, wides
 MANY_ROWS, FEW_ROWS = "h200", "h200-few-rows"
 
 
-@pytest.mark.parametrize("names, mean, worst", [((MANY_ROWS,), 1.01, 1.1), ((MANY_ROWS, FEW_ROWS), 1.013, 1.2)])
+@pytest.mark.parametrize("names, mean, worst", [((MANY_ROWS,), 1.01, 1.1), ((MANY_ROWS, FEW_ROWS), 1.018, 1.2)])
 def test_choices_hold_against_a_sweep(names: tuple[str, ...], mean: float, worst: float):
     """What the chosen tiles took, beside the fastest of all, and beside what the model foretold."""
     found = [x for name in names for x in sweep.outcomes(max(sweep.SWEEPS.glob(f"*[0-9]-{name}.json")))]

@@ -129,7 +129,7 @@ def program(tile, folder: Path) -> Path:
     (folder / "ptx").mkdir()
     (folder / "ptx" / "base.cuh").write_text("")  # warps.cpp has it all
     (folder / "config.cuh").write_text("#pragma once\n" + "\n".join(constants))
-    for source in (KERNELS / "scheduler.cuh", Path(__file__).parent / "warps.cpp"):
+    for source in (KERNELS / "problem.cuh", KERNELS / "scheduler.cuh", Path(__file__).parent / "warps.cpp"):
         shutil.copy(source, folder)
     built = folder / "warps"
     subprocess.run([str(COMPILER), "-std=c++17", "-O1", str(folder / "warps.cpp"), "-o", str(built)], check=True)

@@ -207,7 +207,8 @@ def test_programs_of_the_toolkit_are_found(name: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("value", ["0", "1"])
 def test_load_time_is_printed(value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Over a driver that does nothing; with one, in test_gpu.py."""
-    attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
+    names = ("MAX_DYNAMIC_SHARED_SIZE_BYTES", "PREFERRED_SHARED_MEMORY_CARVEOUT")
+    attribute = SimpleNamespace(**{f"CU_FUNC_ATTRIBUTE_{name}": i for i, name in enumerate(names)})
     idle = SimpleNamespace(CUfunction_attribute=attribute, CUfunction=int)
     for name in ("cuLibraryLoadData", "cuLibraryGetKernel", "cuDeviceGet", "cuKernelSetAttribute"):
         setattr(idle, name, lambda *arguments: 7)

@@ -15,9 +15,12 @@
 #include "store.cuh"
 #include "tiles.cuh"
 
+// What is brought into a stage: everything as soon as it is empty; or, the first time, when its barrier is new, everything, or b
+// and its scales alone, and the rest later.
+enum Turn { LATER, FIRST, FIRST_B, FIRST_A };
+
 // Brings one tile's operands, K blocks `block` .. `blocks` - 1. PLAIN: one box brings all rows of a, and there is no pace to keep.
-// FIRST: the stages are new, and so are their barriers.
-template <bool PLAIN, bool FIRST = false>
+template <bool PLAIN, Turn TURN = LATER>
 DEVICE void load(const Args& args, SharedStorage& smem, const Tile& tile, Pipeline& pipe, uint32_t block, uint32_t blocks) {
     const Problem& problem = args.problem;
     const bool own_maps = along_k(problem);  // a group's a and b are matrices of their own
@@ -37,29 +40,35 @@ DEVICE void load(const Args& args, SharedStorage& smem, const Tile& tile, Pipeli
 #pragma unroll 1
     for (; block < blocks; ++block, pipe.advance()) {
         const uint32_t stage = pipe.stage, full = shared_address(&smem.full[stage]);
-        if constexpr (FIRST) barrier_init(full, arrivals(0)), barrier_init_fence();
-        else wait(smem.empty[stage], pipe.phase ^ 1);
+        if constexpr (TURN == LATER) wait(smem.empty[stage], pipe.phase ^ 1);
+        else if constexpr (TURN != FIRST_A) barrier_init(full, arrivals(0)), barrier_init_fence();
         if (!PLAIN && problem.pace) spin(problem.pace);
-        if (!FIRST && block == late) barrier_arrive_cluster(cluster_address(shared_address(&smem.claim), 0));
+        if (TURN == LATER && block == late) barrier_arrive_cluster(cluster_address(shared_address(&smem.claim), 0));
         const uint32_t k = block * BLOCK_K, a = shared_address(smem.a[stage]), b = shared_address(smem.b[stage]);
-        barrier_expect_bytes(full, bytes);          // all that lands here, whoever sends it
         // CTAs of a cluster that need the same operand load half of it each, for both.
-        if constexpr (CLUSTER_N == 2)
-            tensor_load_multicast(a + rank * (BLOCK_M / 2 * BLOCK_K), a_map, k, tile.m + rank * (BLOCK_M / 2), a_group, full, 3);
-        else
-            tensor_load(a, a_map, k, tile.m, a_group, full);
-        if constexpr (!PLAIN && CLUSTER_N == 1)
+        if constexpr (TURN != FIRST_A) barrier_expect_bytes(full, bytes);  // all that lands here, whoever sends it
+        if constexpr (TURN != FIRST_B) {
+            if constexpr (CLUSTER_N == 2)
+                tensor_load_multicast(a + rank * (BLOCK_M / 2 * BLOCK_K), a_map, k, tile.m + rank * (BLOCK_M / 2), a_group, full, 3);
+            else
+                tensor_load(a, a_map, k, tile.m, a_group, full);
+            if constexpr (!PLAIN && CLUSTER_N == 1)
 #pragma unroll 1
-            for (uint32_t row = problem.box_rows; row < rows; row += problem.box_rows)
-                tensor_load(a + row * BLOCK_K, a_map, k, tile.m + row, a_group, full);
-        if (CLUSTER_M == 1 || tile.apart) {
-            tensor_load(b, b_map, k, tile.n, b_group, full);
-            if ((NARROWS || CLUSTER_M == 2) && !narrow)
-                tensor_load(b + BLOCK_N / 2 * BLOCK_K, b_map, k, tile.n + BLOCK_N / 2, b_group, full);
-        } else if (rank == 0 || !narrow) {
-            tensor_load_multicast(b + rank * (BLOCK_N / 2 * BLOCK_K), b_map, k, tile.n + rank * (BLOCK_N / 2), b_group, full, 3);
+                for (uint32_t row = problem.box_rows; row < rows; row += problem.box_rows)
+                    tensor_load(a + row * BLOCK_K, a_map, k, tile.m + row, a_group, full);
         }
-        tensor_load(shared_address(smem.a_scales[stage]), args.a_scales, tile.m, tile.k / 128 + block, a_group, full);
+        if constexpr (TURN != FIRST_A) {
+            if (CLUSTER_M == 1 || tile.apart) {
+                tensor_load(b, b_map, k, tile.n, b_group, full);
+                if ((NARROWS || CLUSTER_M == 2) && !narrow)
+                    tensor_load(b + BLOCK_N / 2 * BLOCK_K, b_map, k, tile.n + BLOCK_N / 2, b_group, full);
+            } else if (rank == 0 || !narrow) {
+                tensor_load_multicast(b + rank * (BLOCK_N / 2 * BLOCK_K), b_map, k, tile.n + rank * (BLOCK_N / 2), b_group, full, 3);
+            }
+        }
+        if constexpr (TURN != FIRST_B)
+            tensor_load(shared_address(smem.a_scales[stage]), args.a_scales, tile.m, tile.k / 128 + block, a_group, full);
+        if constexpr (TURN == FIRST_A) continue;
         if constexpr (COLUMN_SCALES) {
             tensor_load(shared_address(smem.b_scales[stage]), args.b_scales, tile.n, tile.k / 128 + block, b_group, full);
         } else {
@@ -80,17 +89,24 @@ DEVICE uint32_t started(const Problem& problem) {
 }
 
 // Initialises the barriers of the first stages, and sends for what fills them, while the other warps get ready: what comes first
-// is waited for longest. Leaves the tile for `produce` to hand out. One thread.
+// is waited for longest. Launched to overlap with the kernel before, it does not wait for that one before it sends for b, which
+// that one does not write. Leaves the tile for `produce` to hand out. One thread.
 DEVICE void start(const Args& args, SharedStorage& smem) {
     uint32_t blocks = started(args.problem);
     if (blocks > 0) {
-        previous_kernel_wait();
         Tile tile;
         Scheduler(args.problem).next_of_all(tile);
         if (tile.rows == Tile::NONE) blocks = 0;
         smem.tiles[0] = tile;
-        Pipeline pipe;
-        load<true, true>(args, smem, tile, pipe, 0, blocks);
+        Pipeline pipe, again;
+        if (args.problem.overlaps) {
+            load<true, FIRST_B>(args, smem, tile, pipe, 0, blocks);
+            previous_kernel_wait();
+            next_kernel_start();
+            load<true, FIRST_A>(args, smem, tile, again, 0, blocks);
+        } else {
+            load<true, FIRST>(args, smem, tile, pipe, 0, blocks);
+        }
     }
     for (uint32_t i = blocks; i < AHEAD; ++i) barrier_init(shared_address(&smem.full[i]), arrivals(0));
 }

@@ -3,6 +3,7 @@
 #include "config.cuh"
 #include "ptx/barrier.cuh"
 #include "scheduler.cuh"
+#include "wait.cuh"
 
 constexpr int BLOCK_K = 128;                        // bytes, elements, and columns of one scale
 constexpr int CLUSTER = CLUSTER_M * CLUSTER_N;
@@ -50,15 +51,3 @@ struct Pipeline {
         if (++stage == STAGES) stage = 0, phase ^= 1;
     }
 };
-
-// Spins until the phase is over. In a debug build nothing hangs: after WAIT_LIMIT steps of 2^30 ns the kernel ends with a store
-// to an address that names the warp, 16 * (warp + 1). (A `trap` here would make ptxas spill in the warpgroups.)
-// CLUSTER_WIDE: for what the other CTA of the cluster has written here.
-template <bool CLUSTER_WIDE = false> DEVICE void wait(uint64_t& barrier, uint32_t phase) {
-    const uint32_t address = shared_address(&barrier);
-    const uint32_t start = WAIT_LIMIT ? global_timer() >> 30 : 0;
-    while (!(CLUSTER_WIDE ? barrier_try_wait_cluster(address, phase) : barrier_try_wait(address, phase))) {
-        if (WAIT_LIMIT && uint32_t(global_timer() >> 30) - start > WAIT_LIMIT)
-            *reinterpret_cast<volatile uint32_t*>(16 * (threadIdx.x / 32 + 1)) = phase;
-    }
-}

@@ -12,7 +12,7 @@ import torch
 from .. import settings
 from ..heuristics import box_rows
 from ..layout import align, ceil_div, get_mn_major_tma_aligned_tensor
-from ..plan import BLOCK_K, COUNTERS, ENTRY, Plan, Tile, describing_source, reporting_source
+from ..plan import BLOCK_K, COUNTERS, ENTRY, Plan, Strip, Tile, describing_source, reporting_source
 from ..problem import Kind, Operands
 from .compiler import Source, cubin_for
 from .driver import bind_context, check, driver, load
@@ -37,6 +37,8 @@ class _ProblemArgs(ctypes.Structure):
         ("pace", ctypes.c_uint32),
         ("counter", ctypes.c_uint32),
         ("groups", ctypes.c_uint32),
+        ("stages", ctypes.c_uint32),
+        ("overlaps", ctypes.c_uint32),
         ("b_scales", ctypes.c_uint64),
         ("b_scale_stride_n", ctypes.c_int64),
         ("b_scale_stride_k", ctypes.c_int64),
@@ -64,7 +66,7 @@ class _Args(ctypes.Structure):
         ("b_scales", ctypes.c_byte * MAP_BYTES),
         ("d", ctypes.c_byte * MAP_BYTES),
         ("problem", _ProblemArgs),
-        ("padding", ctypes.c_byte * 48),  # alignas(64)
+        ("padding", ctypes.c_byte * 40),  # alignas(64)
     ]
 
 
@@ -129,7 +131,7 @@ class _Launcher:
             cuda.CUtensorMap(_ptr=ctypes.addressof(self._args) + getattr(_Args, name).offset) for name in encoded
         ]
         self._addresses = [getattr(o, name).data_ptr() for name in encoded]
-        self._config = _launch_config(cuda, plan.ctas, tile.threads, tile.smem_bytes, tile.cluster, plan.pdl)
+        self._config = _launch_config(cuda, plan.ctas, tile.threads, plan.smem_bytes, plan.cluster, plan.pdl)
         self._counters = _counters_of(tile, self._index) if plan.claims else None
         self._report: Any = None
         if plan.problem.kind == Kind.CONTIGUOUS and settings.get("DG_JIT_DEBUG"):
@@ -212,7 +214,7 @@ def _launchers() -> dict[Any, _Launcher]:
 
 
 _lock = threading.Lock()
-_kernels: dict[tuple[Tile, int, bool], Any] = {}
+_kernels: dict[tuple[Tile | Strip, int, bool], Any] = {}
 _small_kernels: dict[tuple[str, int], Any] = {}
 
 
@@ -256,14 +258,14 @@ class _Counters:
         return 0
 
 
-_counters: dict[tuple[Tile, int], _Counters] = {}
+_counters: dict[tuple[Tile | Strip, int], _Counters] = {}
 
 
-def _counters_of(tile: Tile, device_index: int) -> _Counters:
+def _counters_of(tile: Tile | Strip, device_index: int) -> _Counters:
     return _counters.setdefault((tile, device_index), _Counters())
 
 
-def kernel_for(tile: Tile, device_index: int) -> Any:
+def kernel_for(tile: Tile | Strip, device_index: int) -> Any:
     """The kernel of that tile, compiled and loaded at its first use, ready for that device."""
     debug = settings.get("DG_JIT_DEBUG")
     key = (tile, device_index, debug)
@@ -288,11 +290,13 @@ def _small_kernel(source: Source, device_index: int) -> Any:
 def _load(image: bytes, name: str, smem_bytes: int, device_index: int) -> Any:
     cuda, kernel = driver(), load(image, ENTRY, name)
     device = check(cuda.cuDeviceGet(device_index), f"looking up device {device_index}")
-    attribute = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    check(
-        cuda.cuKernelSetAttribute(attribute, smem_bytes, kernel, device),
-        f"asking for {smem_bytes} bytes of shared memory",
-    )
+    attributes = cuda.CUfunction_attribute
+    wishes = [(attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, smem_bytes)]
+    if smem_bytes:  # several CTAs on an SM need what one alone would leave to L1
+        wishes.append((attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100))
+    for attribute, value in wishes:
+        action = f"asking for {smem_bytes} bytes of shared memory"
+        check(cuda.cuKernelSetAttribute(attribute, value, kernel, device), action)
     return cuda.CUfunction(int(kernel))
 
 
@@ -319,7 +323,7 @@ def _args(cuda: Any, plan: Plan, o: Operands) -> tuple[_Args, list[str]]:
     if tile.column_scales:
         _tensor_map(cuda, args.b_scales, o.b_scales.mT, float32, (tile.block_n, 1), unswizzled)
         encoded.append("b_scales")
-    else:
+    elif isinstance(tile, Tile):
         swizzle_d = {16: swizzle_32, 32: swizzle_64, 64: swizzle_128}[tile.store_n]
         _tensor_map(cuda, args.d, o.d, bf16, (tile.store_n, tile.store_m), swizzle_d)
         encoded.append("d")
@@ -334,6 +338,8 @@ def _args(cuda: Any, plan: Plan, o: Operands) -> tuple[_Args, list[str]]:
         band=plan.band,
         box_rows=rows,
         scale_rows=scale_rows,
+        stages=plan.stages,
+        overlaps=plan.pdl and not tile.column_scales,  # whose b may be new as well
         pace=0 if plan.tc_util == 100 else ceil_div(tile.block_m * tile.block_n * 100, 32 * plan.tc_util),
         clear_padding=o.clear_padding,
         b_scale_stride_g=stride_g,

@@ -460,6 +460,7 @@ def complaint(case: Case) -> str | None:
     fresh = values.clone()
     values.fill_(NAN_CODE)
     with _settings(case.set_up):
+        split = gemm.plan_of(case.problem).split if on_gpu else 1
         values.copy_(fresh)  # right before the kernel, which with PDL may start early
         case.call()
         if on_gpu:
@@ -467,7 +468,7 @@ def complaint(case: Case) -> str | None:
     rows, blocks = _sample(case)
     before = o._replace(d=start, c=start if o.c is d else o.c)
     smaller, operands = reduced(case.problem, before, case.ranges, rows, blocks)
-    reference.multiply(smaller, operands, exact=on_gpu)
+    reference.multiply(smaller, operands, exact=on_gpu, split=split)
     got, want = _picked(_picked(d, -2, rows), -1, _columns(blocks, case.problem.n)), operands.d
     integers = torch.int32 if d.dtype == torch.float32 else torch.int16
     wrong = got.view(integers) != want.view(integers)
@@ -517,7 +518,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device: pass --device cpu to try the CPU backend")
     if options.device == "cuda" and options.case is None:
-        compile_many([tile.source() for columns in (False, True) for tile in heuristics.tiles(columns)])
+        compile_many([kernel.source() for columns in (False, True) for kernel in heuristics.kernels(columns)])
     start = said = time.monotonic()
     number = failures = 0
     first = options.case or 0

@@ -59,6 +59,22 @@ DEVICE void store_remote(uint32_t cluster_address, uint32_t value, uint32_t clus
                  ::"r"(cluster_address), "r"(value), "r"(cluster_barrier) : "memory");
 }
 
+// st.async of four floats: sixteen bytes on a barrier there
+DEVICE void store_remote(uint32_t cluster_address, float4 x, uint32_t cluster_barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+                 ::"r"(cluster_address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(cluster_barrier) : "memory");
+}
+
+// barrier.cta.arrive / .sync, of so many threads: goes on at once / when all are there
+template <int ID, int THREADS> DEVICE void barrier_arrive() { asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"n"(ID), "n"(THREADS) : "memory"); }
+template <int ID, int THREADS> DEVICE void barrier_sync() { asm volatile("barrier.cta.sync.aligned %0, %1;" ::"n"(ID), "n"(THREADS) : "memory"); }
+
+// barrier.cluster.arrive: this thread is there. Relaxed: of what it wrote the others see initialised barriers, if it fenced them
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+
+// barrier.cluster.wait: until every thread of every CTA of the cluster is there
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
 // barrier.cluster.arrive + wait: every thread of every CTA of the cluster
 DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");

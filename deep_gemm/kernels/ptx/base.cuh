@@ -44,6 +44,13 @@ DEVICE float zero() {
     return value;
 }
 
+// mov.u32 %cluster_nctarank
+DEVICE uint32_t cluster_size() {
+    uint32_t size;
+    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+
 // mov.u32 %cluster_ctarank
 DEVICE uint32_t cluster_rank() {
     uint32_t rank;
@@ -57,6 +64,29 @@ DEVICE bool elect_one() {
     asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(elected));
     return elected;
 }
+
+// ld.shared of floats, by address
+DEVICE float load_shared_float(uint32_t address) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address));
+    return x;
+}
+DEVICE float2 load_shared_float2(uint32_t address) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
+    return x;
+}
+DEVICE float4 load_shared_float4(uint32_t address) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address));
+    return x;
+}
+
+// st.shared of four floats, and of one word
+DEVICE void store_shared(uint32_t address, float4 x) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+}
+DEVICE void store_shared(uint32_t address, uint32_t x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
 
 // The sum of the values of all lanes up to and including one's own.
 DEVICE uint32_t inclusive_sum(uint32_t value) {
@@ -93,6 +123,9 @@ DEVICE uint64_t global_timer() {
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
     return time;
 }
+
+// griddepcontrol.launch_dependents: once every CTA has said so, the next kernel may start beside this one
+DEVICE void next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // setmaxnreg.inc / .dec: moves registers between warpgroups
 template <int COUNT> DEVICE void registers_increase() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }

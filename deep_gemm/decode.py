@@ -1,0 +1,169 @@
+"""Which strip of the kernel for few rows (kernels/decode.cu), into how many parts K is split, and what that costs.
+
+The cost model's constants were fitted to sweeps on an H200 (docs/facts.md, planner). Pure, like heuristics.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .config import Config
+from .plan import BLOCK_K, Cost, Plan, Strip, make_strip
+from .problem import Kind, Problem
+from .runtime.device import Device
+
+MOST_ROWS = 128
+MOST_COLUMNS = 2304  # of b, if it is read for more than one row of strips
+SPLITS = (1, 2, 4, 8)
+SM_SMEM_BYTES = 233472  # for all CTAs of an SM, with
+RESERVED_SMEM_BYTES = 1024  # of each
+CLUSTERS_LOSE = 0.13  # of the SMs, if clusters of 8 CTAs are to find room in every GPC; with several CTAs on an SM less
+
+
+class Rates(NamedTuple):
+    """What the cost model consists of: times in ns, rates in bytes per ns, and three numbers."""
+
+    start: float  # from one launch to the next, with a CTA on every SM
+    idle: float  # less, if no SM had one
+    cta: float  # more, for every CTA of the busiest SM
+    split: float  # to send sums to another CTA, and
+    send: float  # that rate
+    store: float  # of the result
+    memory: float  # of the rate at which weights can be streamed (a number)
+    sm: float  # what the copy engine brings into an SM
+    l2: float  # what L2 delivers to all of them
+    latency: float  # of memory, for every set of stages
+    block: float  # of a K block, and
+    area: float  # more, for every 64x64 of output of a warpgroup, and
+    swapped: float  # more, for every 32 rows of a, where each column of wgmma has a scale
+    unready: float  # for what is not in flight at once
+    sharpness: float  # of the norm that stands for "the slowest decides" (a number)
+    crowd: float  # more of it, if a CTA has an SM's whole shared memory in flight (a number)
+    uneven: float  # more of memory's time, if the last turn of CTAs leaves room for as many as there are (a number)
+
+
+ALONE = Rates(1994, 305, 392, 103, 12.6, 13.8, 1.023, 146, 17_290, 909, 89.4, 7.6, 35.4, 113, 3.76, 0.167, 0.137)
+OVERLAPPING = Rates(1087, 675, 107, 185, 14.1, 20.9, 1.079, 178, 28_370, 597, 85.9, 19.3, 30.2, 1192, 2.05, 0, 0.155)
+
+
+@cache
+def strips() -> tuple[Strip, ...]:
+    """Every strip that the planner chooses from. None spills registers."""
+    shapes = [(tokens, warpgroups) for tokens in (8, 16, 32) for warpgroups in (1, 2, 3)]
+    swapped = (make_strip(True, *shape) for shape in shapes if shape != (32, 3))  # which spills
+    return *swapped, *(make_strip(False, width) for width in (32, 64, 128))
+
+
+class Variant(NamedTuple):
+    """A strip, and how it is launched: `residents` CTAs find room on an SM, which decides how many stages there are."""
+
+    strip: Strip
+    split: int
+    residents: int
+    stages: int
+
+
+@cache
+def variants() -> tuple[Variant, ...]:
+    found: list[Variant] = []
+    for strip in strips():
+        for split in SPLITS:
+            if 4 * strip.warpgroups % split:
+                continue
+            for residents in range(1, strip.ctas_per_sm + 1):
+                room = min(SM_SMEM_BYTES // residents - RESERVED_SMEM_BYTES, strip.smem_bytes)
+                stages = max((s for s in range(1, 65) if strip.smem_bytes_of(s, split) <= room), default=0)
+                if stages >= 2 and strip.fits(stages, split):
+                    found.append(Variant(strip, split, residents, stages))
+    return tuple(found)
+
+
+class _Table:
+    """Variants as columns of numbers."""
+
+    def __init__(self, variants: tuple[Variant, ...]) -> None:
+        def column(number: Callable[[Variant], float]) -> Any:
+            return np.array([number(variant) for variant in variants])
+
+        self.variants = variants
+        self.block_m, self.block_n = column(lambda v: v.strip.block_m), column(lambda v: v.strip.block_n)
+        self.swapped = column(lambda v: v.strip.swapped)
+        self.split, self.room = column(lambda v: v.split), column(lambda v: v.residents)
+        self.stages, self.warpgroups = column(lambda v: v.stages), column(lambda v: v.strip.warpgroups)
+        self.area = self.block_m * self.block_n
+        self.stage_bytes = column(lambda v: v.strip.smem_bytes_of(v.stages, v.split) / v.stages)
+
+
+@cache
+def _table() -> _Table:
+    return _Table(variants())
+
+
+class Costs:
+    """What a problem costs on each variant, with and without overlap of launches: a column for each figure."""
+
+    def __init__(self, problem: Problem, device: Device, config: Config) -> None:
+        self._problem, self._config, self.table = problem, config, _table()
+        t = self.table
+        self.ctas = -(-problem.m // t.block_m) * -(-problem.n // t.block_n) * t.split
+        self.blocks = -(-problem.k_blocks // t.split)
+        self.stages = np.minimum(t.stages, self.blocks)
+        self._sms = device.num_sms
+        room = self._sms * t.room * np.where(t.split > 2, 1 - CLUSTERS_LOSE * t.split / 8 / t.room, 1)
+        self.waves = np.maximum(1, np.ceil(self.ctas / room))
+        self._uneven = np.where(self.waves > 1, self.waves * room / self.ctas - 1, 0)
+        self.memory_us = problem.bytes / device.memory_gbps / 1e3
+        self._us = [self._total(ALONE), self._total(OVERLAPPING)]
+
+        # Half a strip of nobody's rows is never best; nor are few rows on wgmma's m side.
+        few = (problem.m <= t.block_m) & ((problem.m > t.block_m // 2) | (t.block_m == 8))
+        once = (problem.m <= t.block_m) | (problem.n <= MOST_COLUMNS)
+        fits = np.where(t.swapped, few, once & (problem.m > 16)) & (t.split <= problem.k_blocks)
+        fits &= (t.block_m % config.block_m == 0) & (t.block_n % config.block_n == 0)
+        self.legal = fits & ((t.split == 1) | (not config.batch_invariant))
+
+    def _total(self, rates: Rates) -> Any:
+        t, work = self.table, self.waves * self.blocks
+        size = (np.minimum(t.block_m, self._problem.m) + t.block_n) * BLOCK_K  # of a stage
+        busiest = np.ceil(self.ctas / self._sms)
+        swapped = rates.swapped * t.swapped * t.block_m / 32
+        terms = (
+            self.memory_us * 1e3 / rates.memory * (1 + rates.uneven * self._uneven),
+            busiest * self.blocks * size / rates.sm,
+            self.ctas * self.blocks * size / rates.l2,
+            work * (rates.block + rates.area * t.area / 4096 / np.minimum(t.warpgroups, 2) + swapped),
+            self.waves * np.ceil(self.blocks / self.stages) * rates.latency,
+        )
+        loop = sum(term**rates.sharpness for term in terms) ** (1 / rates.sharpness)
+        loop *= 1 + rates.crowd * self.stages * t.stage_bytes / SM_SMEM_BYTES
+        sums = np.where(t.split > 1, rates.split + t.area * 4 * (t.split - 1) / t.split / rates.send, 0)
+        unready = rates.unready * (1 - np.minimum(1, self.stages / self.blocks / self.waves))
+        start = rates.start - rates.idle * np.maximum(0, 1 - self.ctas / self._sms) + rates.cta * busiest
+        return (start + unready + loop + sums + t.area * 2 / rates.store) / 1e3
+
+    def us(self, pdl: bool) -> Any:
+        return self._us[pdl]
+
+    def plan(self, i: int) -> Plan:
+        """The plan of variant number i."""
+        variant, config = self.table.variants[i], self._config
+        rates = OVERLAPPING if config.pdl else ALONE
+        us, start_us, end_us = (
+            self.us(config.pdl)[i].item(),
+            rates.start / 1e3,
+            self.table.area[i].item() * 2 / rates.store / 1e3,
+        )
+        block_ns = (us - start_us - end_us) * 1e3 / self.blocks[i].item()
+        cost = Cost(us, start_us, self.waves[i].item(), block_ns, 0.0, self.memory_us, 0.0, end_us)
+        ctas, stages = int(self.ctas[i]), int(self.stages[i])
+        return Plan(self._problem, variant.strip, ctas, 1, 100, config.pdl, cost, stages, variant.split)
+
+
+def takes(problem: Problem, config: Config) -> bool:
+    """Whether the kernel for few rows multiplies such a problem. It spreads over all SMs, as fast as it can."""
+    dense = problem.kind == Kind.DENSE and not problem.column_scales and problem.m <= MOST_ROWS and problem.k > 0
+    return dense and config.num_sms is None and config.tc_util == 100

@@ -1,0 +1,17 @@
+// Waiting for a phase of an mbarrier.
+#pragma once
+#include "config.cuh"
+#include "ptx/barrier.cuh"
+
+// Spins until the phase is over. In a debug build nothing hangs: after WAIT_LIMIT steps of 2^30 ns the kernel ends with a store
+// to an address that names the warp, 16 * (warp + 1). (A `trap` here would make ptxas spill in the warpgroups.)
+// CLUSTER_WIDE: for what the other CTA of the cluster has written here.
+template <bool CLUSTER_WIDE = false> DEVICE void wait(uint32_t address, uint32_t phase) {
+    const uint32_t start = WAIT_LIMIT ? global_timer() >> 30 : 0;
+    while (!(CLUSTER_WIDE ? barrier_try_wait_cluster(address, phase) : barrier_try_wait(address, phase))) {
+        if (WAIT_LIMIT && uint32_t(global_timer() >> 30) - start > WAIT_LIMIT)
+            *reinterpret_cast<volatile uint32_t*>(16 * (threadIdx.x / 32 + 1)) = phase;
+    }
+}
+
+template <bool CLUSTER_WIDE = false> DEVICE void wait(uint64_t& barrier, uint32_t phase) { wait<CLUSTER_WIDE>(shared_address(&barrier), phase); }

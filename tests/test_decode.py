@@ -1,0 +1,122 @@
+"""Plans of the kernel for few rows, and the kernels compiled for it. No GPU."""
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from test_plan import MAX_MOVES, moves_to_uniform_registers
+
+from deep_gemm import decode, heuristics, reference
+from deep_gemm.config import Config
+from deep_gemm.plan import Strip
+from deep_gemm.problem import Kind, Problem
+from deep_gemm.quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
+from deep_gemm.runtime import sass
+from deep_gemm.runtime.compiler import compile_many
+from deep_gemm.runtime.device import H200
+
+
+@pytest.mark.parametrize("wait_limit", [0, 2], ids=["release", "debug"])
+def test_every_strip_compiles_clean(wait_limit: int):
+    """As every tile does; and several CTAs of them find registers on an SM."""
+    strips = decode.strips()
+    for strip, cubin in zip(strips, compile_many([strip.source(wait_limit) for strip in strips]), strict=True):
+        assert cubin.performance_warnings == [], strip
+        info = sass.read(cubin.image)
+        chunks = (strip.unroll + 1) * strip.width // strip.chunk_n
+        assert (info.qgmma, info.ffma) == (4 * chunks, chunks * strip.chunk_n // 2), strip
+        assert info.local_bytes == info.local_loads == info.local_stores == 0, strip
+        assert info.registers * strip.threads * strip.ctas_per_sm <= 65536, strip
+        assert moves_to_uniform_registers(cubin.image) <= MAX_MOVES, strip
+
+
+def test_strips_are_distinct_and_variants_fit():
+    strips, variants = decode.strips(), decode.variants()
+    assert len(set(strips)) == len(strips) == len({strip.name for strip in strips})
+    assert len(set(variants)) == len(variants)
+    assert {variant.strip for variant in variants} == set(strips)
+    assert {variant.split for variant in variants} == set(decode.SPLITS)
+    for strip, split, residents, stages in variants:
+        size = strip.smem_bytes_of(stages, split)
+        assert residents * (size + 1024) <= 228 * 1024 and size <= H200.smem_bytes
+        assert stages >= 2 and strip.fits(stages, split)
+        assert 4 * strip.warpgroups % split == 0  # every CTA of a cluster has the same share of a tile
+
+
+def few(count: int):
+    rng = random.Random(3)
+    for _ in range(count):
+        yield Problem(rng.randint(1, 128), 8 * rng.randint(1, 2000), 16 * rng.randint(1, 500))
+
+
+def test_plans_of_few_rows_are_legal():
+    chosen: set[str] = set()
+    for problem in few(300):
+        for plan in heuristics.ranked(problem, H200, every_split=True):
+            strip, blocks = plan.tile, problem.k_blocks
+            if not isinstance(strip, Strip):
+                assert (plan.split, plan.stages) == (1, strip.stages)
+                continue
+            tiles = -(-problem.m // strip.block_m) * -(-problem.n // strip.block_n)
+            assert (plan.ctas, plan.cluster) == (tiles * plan.split, plan.split)
+            assert 1 <= plan.split <= blocks
+            assert 1 <= plan.stages <= -(-blocks // plan.split) and plan.smem_bytes <= H200.smem_bytes
+            assert plan.cost.us > 0
+        chosen.add(heuristics.choose(problem, H200).tile.name)
+    assert len(chosen) > 10
+
+
+def test_overlap_does_not_change_bits():
+    """K is split in the same way with programmatic dependent launch and without."""
+    splits: set[int] = set()
+    for problem in few(300):
+        plans = [heuristics.choose(problem, H200, Config(pdl=pdl)) for pdl in (False, True)]
+        assert plans[0].split == plans[1].split
+        splits.add(plans[0].split)
+    assert splits >= {1, 2, 4}
+
+
+def test_invariant_batches_never_split():
+    assert all(heuristics.choose(x, H200, Config(batch_invariant=True)).split == 1 for x in few(100))
+    assert any(heuristics.choose(x, H200).split > 1 for x in few(100))
+
+
+@pytest.mark.parametrize(
+    ("problem", "settings"),
+    [
+        (Problem(8, 2112, 7168), Config(num_sms=131)),
+        (Problem(8, 2112, 7168), Config(tc_util=50)),
+        (Problem(8, 2112, 7168, column_scales=True), Config()),
+        (Problem(8, 2112, 7168, Kind.MASKED, groups=4, expected_m=8), Config()),
+        (Problem(256, 2112, 7168), Config()),
+    ],
+    ids=["SMs", "power", "column scales", "groups", "many rows"],
+)
+def test_what_only_tiles_can_do(problem: Problem, settings: Config):
+    plans = heuristics.ranked(problem, H200, settings, every_split=True)
+    assert plans and not any(isinstance(plan.tile, Strip) for plan in plans)
+
+
+def test_block_sizes_hold_for_strips():
+    plans = heuristics.ranked(Problem(64, 2112, 7168), H200, Config(block_m=64, block_n=64), every_split=True)
+    assert {plan.tile.name for plan in plans if isinstance(plan.tile, Strip)} == {"64x64 strip", "64x128 strip"}
+
+
+@pytest.mark.parametrize("split", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_reference_follows_a_split(split: int, exact: bool):
+    """Part i has the K blocks from blocks * i // split on; parts are added up one after the other."""
+    k, blocks = 1200, 10
+    a = per_token_cast_to_fp8(torch.randn(5, k))
+    b = per_block_cast_to_fp8(torch.randn(136, k))
+    got = reference.fp8_gemm_nt(*a, *b, exact=exact, split=split)
+    ends = [blocks * i // split for i in range(split + 1)]
+    total = None
+    for first, last in pairwise(ends):
+        columns = slice(first * 128, last * 128)
+        parts = (a[0][:, columns], a[1][:, first:last], b[0][:, columns], b[1][:, first:last])
+        part = reference.fp8_gemm_nt(*parts, exact=exact)
+        total = part if total is None else total + part
+    assert torch.equal(got, total)
+    assert (split == 1) == torch.equal(got, reference.fp8_gemm_nt(*a, *b, exact=exact))
