@@ -40,13 +40,29 @@ import deep_gemm
 from bench import grouped
 from bench.graph import capture, sustained_us, turn_us
 from bench.peer import Peer
-from bench.table import FORK, LOOP, OURS, PEER, RESULTS, ROOT, Row, family_means, geometric_means, other
+from bench.table import (
+    DENSE,
+    DENSE_PDL,
+    FORK,
+    LOOP,
+    OURS,
+    PEER,
+    RESULTS,
+    ROOT,
+    UPSTREAM_MS,
+    Row,
+    family_means,
+    faster_than_upstream,
+    geometric_means,
+    other,
+)
 from deep_gemm import reference
 from deep_gemm.cli import LAYERS
+from deep_gemm.gemm import plan_of
 from deep_gemm.problem import Kind, Pair, Problem
 from deep_gemm.quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 
-FAMILIES = ("dense", grouped.CONTIGUOUS, grouped.MASKED)
+FAMILIES = (DENSE, DENSE_PDL, grouped.CONTIGUOUS, grouped.MASKED)
 MS = (1, 16, 64, 128, 4096)
 SUSTAINED_M = 4096
 TURNS = 9
@@ -134,14 +150,13 @@ def counts(problem: Problem, l2_bytes: int) -> tuple[int, int]:
     return sets, sets * max(1, round(REPLAY_US / (launch_us * sets)))
 
 
-def wrong_bits(a: Pair, b: Pair, d: torch.Tensor, most: tuple[int, int] = (32, 1024)) -> int:
+def wrong_bits(a: Pair, b: Pair, d: torch.Tensor, most: tuple[int, int] = (32, 1024), split: int = 1) -> int:
     """How many of up to so many rows x columns of d, picked at random, differ from the bit-exact reference."""
     rows, columns = (torch.randperm(size, device=d.device)[:limit] for size, limit in zip(d.shape, most, strict=True))
     few_a, few_b = (x.view(torch.uint8)[i].view(x.dtype) for x, i in ((a[0], rows), (b[0], columns)))
-    expected = reference.to_bf16(
-        reference.fp8_gemm_nt_per_column_scales(few_a, a[1][rows], few_b, b[1][columns // 128], exact=True)
-    )
-    return int((d[rows][:, columns].view(torch.int16) != expected.view(torch.int16)).sum())
+    scales = a[1][rows], b[1][columns // 128]
+    total = reference.fp8_gemm_nt_per_column_scales(few_a, scales[0], few_b, scales[1], exact=True, split=split)
+    return int((d[rows][:, columns].view(torch.int16) != reference.to_bf16(total).view(torch.int16)).sum())
 
 
 def wrong_in_groups(x: grouped.Operands) -> int:
@@ -166,9 +181,12 @@ def take_turns(row: Row, implementations: dict[str, Callable[[], float]], turns:
     return burst
 
 
-def measure(problem: Problem, l2_bytes: int, turns: int, sustained: bool, peer: Peer | None = None) -> Row:
+def measure(
+    problem: Problem, l2_bytes: int, turns: int, sustained: bool, peer: Peer | None = None, pdl: bool = False
+) -> Row:
+    """A dense row. pdl: our launches overlap with the ones before."""
     row: Row = {
-        "family": "dense",
+        "family": DENSE_PDL if pdl else DENSE,
         "shape": [problem.m, problem.n, problem.k],
         "us": dict.fromkeys(IMPLEMENTATIONS),
         "flop": problem.flop,
@@ -177,6 +195,7 @@ def measure(problem: Problem, l2_bytes: int, turns: int, sustained: bool, peer: 
     sets_count, row["launches"] = counts(problem, l2_bytes)
     sets = [Operands.random(problem) for _ in range(sets_count)]
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    deep_gemm.set_pdl(pdl)
     for name, run in IMPLEMENTATIONS.items():
         try:
             graphs[name] = capture(run, sets, row["launches"])
@@ -184,10 +203,12 @@ def measure(problem: Problem, l2_bytes: int, turns: int, sustained: bool, peer: 
             if name == OURS:
                 raise
             row.setdefault("refused", {})[name] = str(error).splitlines()[0]
+    split = plan_of(problem).split
+    deep_gemm.set_pdl(False)
     for x in sets:
         x.d.fill_(float("nan"))
     graphs[OURS].replay()
-    if wrong := sum(wrong_bits((x.a, x.a_scales), (x.b, x.b_scales), x.d) for x in (sets[0], sets[-1])):
+    if wrong := sum(wrong_bits((x.a, x.a_scales), (x.b, x.b_scales), x.d, split=split) for x in (sets[0], sets[-1])):
         return row | {"error": f"{wrong} sampled elements differ from the exact reference"}
 
     turn_of: dict[str, Callable[[], float]] = {name: partial(turn_us, graph) for name, graph in graphs.items()}
@@ -300,13 +321,13 @@ def first_call_s(device: str = "cuda", turns: int = 3) -> dict[str, float]:
     return {name: round(statistics.median(values), 3) for name, values in taken.items()}
 
 
-# Every tile, on no more cores than asked for; prints seconds.
+# Every kernel, on no more cores than asked for; prints seconds.
 COMPILE_ALL = """
 import os, sys, time
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
-from deep_gemm.heuristics import tiles
+from deep_gemm.heuristics import kernels
 from deep_gemm.runtime.compiler import compile_many
-sources = [tile.source() for tile in tiles()][: int(sys.argv[2])]
+sources = [kernel.source() for kernel in kernels()][: int(sys.argv[2])]
 start = time.perf_counter()
 compile_many(sources)
 print(time.perf_counter() - start)
@@ -314,7 +335,7 @@ print(time.perf_counter() - start)
 
 
 def compile_all_s(cores: int = 2, most: int = 1000) -> dict[str, float]:
-    """Seconds that compiling every tile (at most so many) takes, the cache of kernels empty."""
+    """Seconds that compiling every kernel (at most so many) takes, the cache of kernels empty."""
     with tempfile.TemporaryDirectory() as cache:
         return {"cores": cores, "seconds": round(seconds_of(COMPILE_ALL, cache, str(cores), str(most)), 1)}
 
@@ -390,9 +411,13 @@ def commit() -> dict[str, Any]:
 
 
 def line_of(row: Row) -> str:
-    dense = row["family"] == "dense"
+    dense = row["family"] in (DENSE, DENSE_PDL)
     m, n, k = row["shape"] if dense else (0, 0, 0)
-    head = f"{m:5d} {n:6d} {k:6d}" if dense else f"{row['family']:10} {', '.join(map(str, row['shape'])):27}"
+    head = (
+        f"{m:5d} {n:6d} {k:6d}{' overlapping' * (row['family'] == DENSE_PDL)}"
+        if dense
+        else f"{row['family']:10} {', '.join(map(str, row['shape'])):27}"
+    )
     if "error" in row:
         return f"{head}  {row['error']}"
     cells = [f"{us:9.2f}" if us else f"{'-':>9}" for us in row["us"].values()]
@@ -455,9 +480,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     layers = [(n, k) for _, n, k in LAYERS if n in (args.n or [n]) and k in (args.k or [k])]
     ms: list[int] = args.m
-    for (n, k), m in product(layers if "dense" in args.family else [], ms):
+    for (n, k), m in product(layers if DENSE in args.family else [], ms):
         beside = peer if m in args.peer_m else None
         rows.append(measure(Problem(m, n, k), gpu["l2_bytes"], turns, sustained, beside))
+        print(line_of(rows[-1]), flush=True)
+    few = [m for m in ms if m in UPSTREAM_MS]
+    for (n, k), m in product(layers if DENSE_PDL in args.family else [], few):
+        rows.append(measure(Problem(m, n, k), gpu["l2_bytes"], turns, False, pdl=True))
         print(line_of(rows[-1]), flush=True)
     shapes = [x for x in grouped.SHAPES if x.family in args.family and (x.n, x.k) in layers]
     for shape in shapes:
@@ -469,6 +498,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"refused by {reason}")
     for m, mean in geometric_means(rows).items():
         print(f"M={m}: ours / tensor-wise {mean:.3f} (geometric mean)")
+    for m, mean in geometric_means(rows, family=DENSE_PDL).items():
+        print(f"M={m} overlapping: ours / tensor-wise {mean:.3f} (geometric mean)")
+    for family in (DENSE, DENSE_PDL):
+        if mean := faster_than_upstream(rows, family):
+            print(f"{family}, M={', '.join(map(str, few))}: DeepSeek's / ours {mean:.3f} (geometric mean)")
     for m, mean in geometric_means(rows, "us_sustained").items():
         print(f"M={m} sustained: ours / tensor-wise {mean:.3f} (geometric mean)")
     for m, mean in geometric_means(rows, to=FORK).items():

@@ -18,14 +18,43 @@ OURS, PEER = "deep_gemm", "cublaslt_tensorwise"
 FORK, LOOP = "sgl_deep_gemm", "cublaslt_loop"  # beside which grouped rows stand: one of them
 GROUPED = {"contiguous": "groups, M of each, N, K", "masked": "groups, max M, N, K, real rows of each (about)"}
 
+DENSE, DENSE_PDL = "dense", "dense_pdl"  # the second of few rows, with launches that overlap
+# What DeepSeek's DeepGEMM 2.6.1 took beside cuBLASLt tensor-wise on an H200, for M = 1, 16, 64, 128 (docs/facts.md).
+UPSTREAM = {
+    (2112, 7168): (1.292, 1.070, 1.107, 1.133),
+    (24576, 1536): (1.221, 1.202, 1.101, 1.044),
+    (32768, 512): (1.134, 1.145, 1.096, 1.169),
+    (7168, 16384): (1.107, 1.011, 1.056, 1.295),
+    (4096, 7168): (1.152, 0.923, 1.088, 1.002),
+    (7168, 2048): (1.139, 1.093, 1.005, 1.222),
+}
+UPSTREAM_MS = (1, 16, 64, 128)
+UPSTREAM_OVERLAP_US = 0.25  # less, where its launches overlap: 0.15 to 0.35
+
 Row = dict[str, Any]
 
 
-def geometric_means(rows: Sequence[Row], field: str = "us", to: str = PEER) -> dict[int, float]:
+def upstream_us(row: Row) -> float | None:
+    """What DeepSeek's library would have taken in this run, by cuBLASLt's time; none for another shape."""
+    m, n, k = row["shape"]
+    if (n, k) not in UPSTREAM or m not in UPSTREAM_MS or not row["us"].get(PEER):
+        return None
+    us = UPSTREAM[n, k][UPSTREAM_MS.index(m)] * row["us"][PEER]
+    return us - UPSTREAM_OVERLAP_US if row["family"] == DENSE_PDL else us
+
+
+def faster_than_upstream(rows: Sequence[Row], family: str) -> float | None:
+    """The geometric mean of DeepSeek's time / ours over the rows of few rows."""
+    measured = [row for row in rows if row["family"] == family and row["us"][OURS]]
+    ratios = [us / row["us"][OURS] for row in measured if (us := upstream_us(row))]
+    return statistics.geometric_mean(ratios) if ratios else None
+
+
+def geometric_means(rows: Sequence[Row], field: str = "us", to: str = PEER, family: str = DENSE) -> dict[int, float]:
     """For each M, the geometric mean of ours / cuBLASLt tensor-wise (or another) over its N, K."""
     ratios: dict[int, list[float]] = {}
     for row in rows:
-        if row["family"] == "dense" and (us := row.get(field)) and us[OURS] and us.get(to):
+        if row["family"] == family and (us := row.get(field)) and us[OURS] and us.get(to):
             ratios.setdefault(row["shape"][0], []).append(us[OURS] / us[to])
     return {m: statistics.geometric_mean(values) for m, values in ratios.items()}
 
@@ -37,7 +66,7 @@ class Mean(NamedTuple):
 
 def other(row: Row) -> str:
     """Beside what ours stands."""
-    return PEER if row["family"] == "dense" else next(name for name in row["us"] if name != OURS)
+    return PEER if row["family"] in (DENSE, DENSE_PDL) else next(name for name in row["us"] if name != OURS)
 
 
 def family_means(rows: Sequence[Row]) -> dict[str, Mean]:
@@ -85,10 +114,21 @@ def _grouped(rows: Sequence[Row]) -> Iterator[str]:
             yield _line(", ".join(map(str, row["shape"])), _teraflops(row, "us"), _us(us[to]), _ratio(us, to))
 
 
+def _few_rows(rows: Sequence[Row], title: str) -> Iterator[str]:
+    """A table of N, K by M, if there are rows."""
+    ms = sorted({row["shape"][0] for row in rows})
+    if not rows:
+        return
+    cells = {tuple(row["shape"]): f"{_us(row['us'][OURS])} ({_ratio(row['us'])})" for row in rows}
+    yield from ("", _line(f"{title}: N, K; us (ratio)", *(f"M={m}" for m in ms)), _line(*["---"] * (len(ms) + 1)))
+    for n, k in dict.fromkeys((row["shape"][1], row["shape"][2]) for row in rows):
+        yield _line(f"{n}, {k}", *(cells.get((m, n, k), "-") for m in ms))
+
+
 def render(results: Row, source: str) -> str:
     """The text between the markers: M > 128 as prefill, in us and TFLOPS, the rest as decode, in us; then groups."""
     rows: list[Row] = results["rows"]
-    dense = [row for row in rows if row["family"] == "dense"]
+    dense = [row for row in rows if row["family"] == DENSE]
     prefill = [row for row in dense if row["shape"][0] > 128]
     decode = [row for row in dense if row["shape"][0] <= 128]
     machine, versions = results["machine"], results["versions"]
@@ -115,16 +155,16 @@ def render(results: Row, source: str) -> str:
                 _us(us["bf16"]), _ratio(us), _teraflops(row, "us_sustained"), _ratio(held), *fork[: 2 * beside],
             )
         )  # fmt: skip
-    ms = sorted({row["shape"][0] for row in decode})
-    cells = {tuple(row["shape"]): f"{_us(row['us'][OURS])} ({_ratio(row['us'])})" for row in decode}
-    lines += ["", _line("decode: N, K; us (ratio)", *(f"M={m}" for m in ms)), _line(*["---"] * (len(ms) + 1))]
-    for n, k in dict.fromkeys((row["shape"][1], row["shape"][2]) for row in decode):
-        lines.append(_line(f"{n}, {k}", *(cells.get((m, n, k), "-") for m in ms)))
+    lines += _few_rows(decode, "decode")
+    lines += _few_rows(
+        [row for row in rows if row["family"] == DENSE_PDL], "decode, launches overlap (`set_pdl(True)`)"
+    )
     lines += _grouped(rows)
     means = [f"M={m} {mean:.3f}" for m, mean in geometric_means(rows).items()]
     means += [f"M={m} sustained {mean:.3f}" for m, mean in geometric_means(rows, "us_sustained").items()]
     for field, when in (("us", ""), ("us_sustained", " sustained")):
         means += [f"M={m}{when} to {FORK} {mean:.3f}" for m, mean in geometric_means(rows, field, FORK).items()]
+    means += [f"M={m} overlapping {mean:.3f}" for m, mean in geometric_means(rows, family=DENSE_PDL).items()]
     means += [f"{family} {mean.ratio:.3f}" for family, mean in family_means(rows).items()]
     return "\n".join(
         [*lines, "", f"Geometric mean of the ratios: {', '.join(means)}. All figures: [{source}]({source})."]

@@ -63,6 +63,28 @@ def test_table():
     assert "M=1 0.500" in text and "M=4096 sustained 0.500" in text and "commit 0123456789ab" in text
 
 
+def test_launches_that_overlap_have_a_table_of_their_own():
+    about = results(0.5)
+    assert "overlap" not in table.render(about, "x")
+    few = [row | {"family": table.DENSE_PDL} for row in about["rows"] if row["shape"][0] <= 128]
+    text = table.render(about | {"rows": about["rows"] + few}, "x")
+    assert "| decode, launches overlap (`set_pdl(True)`): N, K; us (ratio) | M=1 | M=16 | M=64 | M=128 |" in text
+    assert "M=1 overlapping 0.500" in text
+    assert text.count("| 7168, 2048 | 5.0 (0.50) | 5.0 (0.50) | 5.0 (0.50) | 5.0 (0.50) |") == 2
+    assert " overlapping " in run.line_of(few[0])
+
+
+def test_beside_deepseek_s_library():
+    rows = results(0.5)["rows"]
+    row = next(row for row in rows if row["shape"] == [64, 4096, 7168])
+    assert table.upstream_us(row) == pytest.approx(10.88)
+    assert table.upstream_us(row | {"family": table.DENSE_PDL}) == pytest.approx(10.63)
+    assert table.upstream_us(row | {"shape": [64, 4096, 4096]}) is None
+    assert table.upstream_us(next(row for row in rows if row["shape"][0] == 4096)) is None
+    assert table.faster_than_upstream(rows, table.DENSE) == pytest.approx(2 * 1.115, abs=0.01)
+    assert table.faster_than_upstream(rows, table.DENSE_PDL) is None
+
+
 def test_the_file_is_json_with_a_line_for_each_row():
     about = results(1.0)
     rows = about.pop("rows")
