@@ -8,6 +8,7 @@ four replays, once the tile's own power has decided on the clock.
 
     python -m bench.sweep                   # sweeps, and writes to bench/results/sweep
     python -m bench.sweep --few-rows        # the same of few rows
+    python -m bench.sweep --few-rows --pdl  # of the dense ones, with launches that overlap
     python -m bench.sweep --report FILE     # what today's choices took in a sweep, and the fastest tile
 """
 
@@ -33,6 +34,7 @@ from bench.graph import capture
 from bench.run import as_text, commit, machine, on_hopper, slug, versions
 from bench.table import RESULTS
 from deep_gemm import heuristics, problem
+from deep_gemm.config import Config
 from deep_gemm.plan import Plan, Strip, Tile
 from deep_gemm.problem import Kind, Operands, Problem
 from deep_gemm.quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
@@ -128,10 +130,10 @@ def label(plan: Plan) -> str:
     return plan.tile.name + strip
 
 
-def sweep_one(family: str, numbers: list[int], most: int) -> dict[str, float]:
-    """Microseconds of each plan, by label."""
+def sweep_one(family: str, numbers: list[int], most: int, pdl: bool = False) -> dict[str, float]:
+    """Microseconds of each plan, by label. pdl: launches overlap."""
     about = problem_of(family, numbers)
-    every = heuristics.ranked(about, device.current(), every_split=True)
+    every = heuristics.ranked(about, device.current(), Config(pdl=pdl), every_split=True)
     plans = [plan for kind in (Tile, Strip) for plan in [x for x in every if isinstance(x.tile, kind)][:most]]
     # Few rows wait for memory, not for power: then there is nothing that has to settle.
     warm_s, settle_s = (0.02, 0.0) if family == grouped.DENSE and about.m <= max(FEW_MS) else (WARM_S, SETTLE_S)
@@ -157,7 +159,7 @@ def sweep_one(family: str, numbers: list[int], most: int) -> dict[str, float]:
     return {name: round(statistics.median(times), 3) for name, times in taken.items()}
 
 
-def sweep(todo: list[tuple[str, list[int]]], most: int, limit_s: float) -> list[dict[str, Any]]:
+def sweep(todo: list[tuple[str, list[int]]], most: int, limit_s: float, pdl: bool = False) -> list[dict[str, Any]]:
     """A row for each problem: its family and shape; us in the order of heuristics.tiles(), None where not timed; us of
     strips, by label."""
     tiles = heuristics.tiles()
@@ -168,7 +170,7 @@ def sweep(todo: list[tuple[str, list[int]]], most: int, limit_s: float) -> list[
         if time.perf_counter() - begun > limit_s:
             print(f"{limit_s:.0f} s are over: {len(todo) - len(rows)} of {len(todo)} problems are left out", flush=True)
             break
-        us = sweep_one(family, numbers, most)
+        us = sweep_one(family, numbers, most, pdl)
         of_tiles = [us.pop(tile.name, None) for tile in tiles]
         rows.append({"family": family, "shape": numbers, "us": of_tiles} | ({"strips": us} if us else {}))
         torch.cuda.empty_cache()
@@ -182,7 +184,7 @@ def outcomes(path: Path) -> Iterator[Outcome]:
     for row in swept["rows"]:
         us = {name: time for name, time in zip(swept["tiles"].split(" | "), row["us"], strict=True) if time}
         us |= row.get("strips", {})
-        plan = heuristics.choose(problem_of(row["family"], row["shape"]), gpu)
+        plan = heuristics.choose(problem_of(row["family"], row["shape"]), gpu, Config(pdl=swept.get("pdl", False)))
         name, fastest = label(plan), min(us, key=us.__getitem__)
         yield Outcome(row["family"], row["shape"], name, us.get(name), plan.cost.us, fastest, us[fastest])
 
@@ -212,6 +214,7 @@ def report(path: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench.sweep", description="Times tile after tile, to fit the planner to.")
     parser.add_argument("--few-rows", action="store_true", help="1 to 256 rows instead of 256 to 32,768")
+    parser.add_argument("--pdl", action="store_true", help="dense problems, with launches that overlap")
     parser.add_argument("--most", type=int, default=MOST, help="tiles of each problem, the most promising first")
     parser.add_argument(
         "--limit", type=float, default=3600, metavar="SECONDS", help="start no further problem after so long"
@@ -231,12 +234,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     started, gpu = datetime.now(timezone.utc), machine()
     about = {"time": started.isoformat(timespec="seconds"), "machine": gpu, "versions": versions(), **commit()}
     about["tiles"] = " | ".join(tile.name for tile in heuristics.tiles())
-    todo = list(shapes(args.few_rows))
-    rows = sweep(todo, args.most, args.limit)
+    about["pdl"] = args.pdl
+    todo = [x for x in shapes(args.few_rows) if x[0] == grouped.DENSE or not args.pdl]
+    rows = sweep(todo, args.most, args.limit, args.pdl)
     complete = len(rows) == len(todo) and args.most >= MOST
     folder = args.output or (SWEEPS if complete else Path(tempfile.mkdtemp(prefix="sweep.")))
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{started:%Y-%m-%d}-{slug(gpu['gpu'])}{'-few-rows' if args.few_rows else ''}.json"
+    which = "-few-rows" * args.few_rows + "-overlapping" * args.pdl
+    path = folder / f"{started:%Y-%m-%d}-{slug(gpu['gpu'])}{which}.json"
     path.write_text(as_text(about, rows))
     print(report(path))
     print(path)

@@ -175,11 +175,33 @@ def test_a_sweep_that_is_not_complete_replaces_none(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(sweep, "on_hopper", lambda program: True)
     monkeypatch.setattr(sweep, "machine", lambda: {"gpu": "NVIDIA H200", "sms": 132})
-    monkeypatch.setattr(sweep, "sweep", lambda todo, most, limit_s: rows[left_out:])
+    monkeypatch.setattr(sweep, "sweep", lambda todo, most, limit_s, pdl: rows[left_out:])
     assert sweep.main(arguments) == 0
     (path,) = tmp_path.glob(f"*/*[0-9]-{name}.json")
     assert path.is_relative_to(tmp_path / "kept") is (left_out == 0)
     assert len(list(sweep.outcomes(path))) == len(rows) - left_out
+
+
+def test_a_sweep_of_launches_that_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of dense problems alone, in a file of its own, which is held against plans that overlap."""
+    problem = Problem(1, 7168, 2048)
+    label = sweep.label(heuristics.choose(problem, H200, Config(pdl=True)))
+    assert label != sweep.label(heuristics.choose(problem, H200))  # more stages
+    asked: list[str] = []
+
+    def timed(todo, most: int, limit_s: float, pdl: bool):
+        asked.extend(family for family, _ in todo)
+        us = [None] * len(heuristics.tiles())
+        return [{"family": "dense", "shape": [1, 7168, 2048], "us": us, "strips": {label: 4.5, "another": 9.0}}] * pdl
+
+    monkeypatch.setattr(sweep, "on_hopper", lambda program: True)
+    monkeypatch.setattr(sweep, "machine", lambda: {"gpu": "NVIDIA H200", "sms": 132})
+    monkeypatch.setattr(sweep, "sweep", timed)
+    assert sweep.main(["--few-rows", "--pdl", "--output", str(tmp_path)]) == 0
+    assert set(asked) == {"dense"}
+    (path,) = tmp_path.glob("*[0-9]-h200-few-rows-overlapping.json")
+    (outcome,) = sweep.outcomes(path)
+    assert (outcome.chosen, outcome.chosen_us, outcome.fastest_us) == (label, 4.5, 4.5)
 
 
 def test_a_sweep_needs_a_gpu_and_a_report_a_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
