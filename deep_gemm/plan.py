@@ -349,7 +349,12 @@ def make_strip(swapped: bool, width: int, warpgroups: int = 1) -> Strip:
     the other CTA of the SM.
     """
     chunk_n, banks = (width, 2) if width <= 64 else (width, 1)
-    ctas = {1: 4, 2: 3, 3: 2}[warpgroups] if width <= 16 else {1: 4, 2: 2}[warpgroups] if width == 32 else 2
+    if width <= 16:
+        ctas = {1: 4, 2: 3, 3: 2}[warpgroups]
+    elif width == 32:
+        ctas = 2 if warpgroups == 2 else 4 if swapped else 3
+    else:
+        ctas = 2
     return Strip(swapped, width, warpgroups, chunk_n, banks, 4, ctas)
 
 

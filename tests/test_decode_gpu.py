@@ -15,7 +15,7 @@ from deep_gemm.gemm import plan_of
 from deep_gemm.plan import Plan, Strip
 from deep_gemm.problem import Pair, Problem, dense
 from deep_gemm.runtime import device
-from deep_gemm.runtime.compiler import compile_many
+from deep_gemm.runtime.compiler import Cubin, compile_many
 from deep_gemm.runtime.launch import launch
 
 pytestmark = pytest.mark.gpu
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
-    compile_many([strip.source() for strip in decode.strips()])
+    return compile_many([strip.source() for strip in decode.strips()])
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +37,12 @@ def plans(problem: Problem, pdl: bool = False) -> list[Plan]:
     """Of every strip that is legal, with every split and number of stages."""
     every = heuristics.ranked(problem, device.current(0), Config(pdl=pdl), every_split=True)
     return [plan for plan in every if isinstance(plan.tile, Strip)]
+
+
+def test_every_strip_compiles_clean_with_the_compiler_of_this_machine(compiled: list[Cubin]):
+    """tests/test_decode.py asks for more, of the compiler that the development environment has."""
+    for strip, cubin in zip(decode.strips(), compiled, strict=True):
+        assert (cubin.warnings, cubin.local_bytes) == ([], 0), strip
 
 
 @pytest.mark.parametrize("kind", ["normal", "bits"])
