@@ -32,6 +32,7 @@ from . import (
 )
 from .config import Config
 from .errors import DeepGemmError, InvalidInputError, MissingDependencyError
+from .gemm import plan_of
 from .heuristics import ranked
 from .layout import ceil_div, get_mk_alignment_for_contiguous_layout, get_mn_major_tma_aligned_tensor
 from .problem import Kind, Problem, check_shape
@@ -284,8 +285,10 @@ def _multiply(layer: Layer, m: int, device: torch.device) -> tuple[str, bool]:
     a = (a, get_mn_major_tma_aligned_tensor(a_scales))
     d = torch.full((m, layer.n), float("nan"), dtype=torch.bfloat16, device=device)
     us = _time_us(lambda: fp8_gemm_nt(a, b, d), device)
-    error, checked, outside = _check(a, b, d)
-    return _row(Problem(m, layer.n, layer.k), us, device, error, checked, outside), not outside
+    problem = Problem(m, layer.n, layer.k)
+    split = plan_of(problem, d.device.index).split if d.is_cuda else 1
+    error, checked, outside = _check(a, b, d, split)
+    return _row(problem, us, device, error, checked, outside), not outside
 
 
 def _row(problem: Problem, us: float, device: torch.device, error: float, checked: int, outside: int) -> str:
@@ -401,7 +404,7 @@ def _time_us(run: Callable[[], None], device: torch.device) -> float:
     return statistics.median(x.elapsed_time(y) for x, y in pairwise(events)) * 1e3
 
 
-def _check(a: Weight, b: Weight, d: torch.Tensor) -> tuple[float, int, int]:
+def _check(a: Weight, b: Weight, d: torch.Tensor, split: int = 1) -> tuple[float, int, int]:
     """Holds all columns of some rows and all rows of some columns against float64.
 
     Returns the relative error (norm of the difference over the norm), how many elements were checked, and how many of
@@ -415,7 +418,7 @@ def _check(a: Weight, b: Weight, d: torch.Tensor) -> tuple[float, int, int]:
     square = wrong = 0.0
     checked = outside = 0
     for x, y, got in ((few_rows, b, d[rows]), (a, (b[0][columns], b[1][block]), d[:, columns])):
-        truth, bound = reference.truth_and_bound(*x, *y, exact=exact)
+        truth, bound = reference.truth_and_bound(*x, *y, exact=exact, split=split)
         finite = truth.abs() + bound < torch.finfo(torch.bfloat16).max
         truth, bound = truth[finite], bound[finite]
         distance = (got[finite].double() - truth).abs()

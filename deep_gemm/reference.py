@@ -55,8 +55,7 @@ def fp8_gemm_nt_per_column_scales(
     split: int = 1,
 ) -> torch.Tensor:
     """fp8_gemm_nt with b_scales [N, ceil(K / 128)], a row per row of b: for rows picked out of a larger b."""
-    blocks = ceil_div(a.shape[1], BLOCK)
-    ends = {blocks * part // split - 1 for part in range(1, split)}  # the last block of every part but the last one
+    ends = _part_ends(a.shape[1], split)[:-1]
     result = torch.empty(a.shape[0], b.shape[0], dtype=torch.float32, device=a.device)
     tile = _EXACT_CPU_TILE if exact and a.device.type == "cpu" else _TILE
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):  # as on the GPU, neither has a say
@@ -200,9 +199,15 @@ def tensor_core_k32(a: Any, b: Any, c: Any = None) -> Any:
 
 
 def truth_and_bound(
-    a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, *, exact: bool = False
+    a: torch.Tensor,
+    a_scales: torch.Tensor,
+    b: torch.Tensor,
+    b_scales: torch.Tensor,
+    *,
+    exact: bool = False,
+    split: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The multiplication in float64, and how far fp8_gemm_nt(..., exact=exact) may be from it: both [M, N] float64.
+    """The multiplication in float64, and how far fp8_gemm_nt with the same options may be from it: both [M, N] float64.
 
     The bound is derived in docs/numerics.md. It holds for finite operands and results.
     """
@@ -210,16 +215,31 @@ def truth_and_bound(
     truth = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64, device=a.device)
     bound = torch.zeros_like(truth)
     unit = 2.0**-24 * (1 + 2.0**-5)  # FP32's unit roundoff; 1/32 pays for second-order terms and float64's rounding
+    ends = _part_ends(a.shape[1], split)
     for rows, columns in _tiles(truth, _TILE):
-        value, error = truth[rows, columns], bound[rows, columns]
-        for x, y, scale_x, scale_y in _k_blocks(a[rows], a_scales[rows], b[columns], b_scales[columns]):
+        value, error = torch.zeros_like(truth[rows, columns]), torch.zeros_like(truth[rows, columns])  # of a part of K
+        pairs = _k_blocks(a[rows], a_scales[rows], b[columns], b_scales[columns])
+        for block, (x, y, scale_x, scale_y) in enumerate(pairs):
             partial, slack = (_tensor_core_slack if exact else _fp32_slack)(x, y)
             scale = scale_x.double() * scale_y.double()
             reach = partial.abs() + slack
             value += scale * partial
             error += scale.abs() * (slack + 2 * unit * reach) + 2.0**-150 * (reach + 2)
             error += unit * (value.abs() + error)
+            if block in ends:
+                truth[rows, columns] += value
+                bound[rows, columns] += error
+                if block != ends[0]:
+                    bound[rows, columns] += unit * (truth[rows, columns].abs() + bound[rows, columns])
+                value.zero_()
+                error.zero_()
     return truth, bound
+
+
+def _part_ends(k: int, split: int) -> list[int]:
+    """The last K block of every part."""
+    blocks = ceil_div(k, BLOCK)
+    return [blocks * part // split - 1 for part in range(1, split + 1)]
 
 
 def bf16_bound(truth: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:

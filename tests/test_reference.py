@@ -288,6 +288,10 @@ def test_every_element_within_the_derived_bound(data: Callable[..., Operands], e
     shapes = [(1, 8, 16), (7, 136, 144), (65, 576, 192), (128, 200, 1152), (33, 130, 7296), (600, 1040, 128)]
     for m, n, k in shapes:
         operands = moved(data(m, n, k, rng), device)
+        for split in (2, 3, 8):
+            split_truth, split_bound = reference.truth_and_bound(*operands, exact=exact, split=min(split, -(-k // 128)))
+            split_result = reference.fp8_gemm_nt(*operands, exact=exact, split=min(split, -(-k // 128)))
+            assert bool(((split_result.double() - split_truth).abs() <= split_bound).all()), (m, n, k, split)
         truth, bound = reference.truth_and_bound(*operands, exact=exact)
         a, b = dequantised(*operands)
         assert bool(((truth - a @ b.T).abs() <= 1e-12 * (a.abs() @ b.abs().T)).all())
