@@ -25,7 +25,7 @@ CLUSTERS_LOSE = 0.13  # of the SMs, if clusters of 8 CTAs are to find room in ev
 
 
 class Rates(NamedTuple):
-    """What the cost model consists of: times in ns, rates in bytes per ns, and three numbers."""
+    """What the cost model consists of: times in ns, rates in bytes per ns, and numbers, where it says so."""
 
     start: float  # from one launch to the next, with a CTA on every SM
     idle: float  # less, if no SM had one
