@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .config import Config
-from .plan import BLOCK_K, Cost, Plan, Strip, make_strip
+from .plan import BLOCK_K, Cost, Plan, Strip, make_strip, norm
 from .problem import Kind, Problem
 from .runtime.device import Device
 
@@ -48,6 +48,7 @@ class Rates(NamedTuple):
 
 ALONE = Rates(1994, 305, 392, 103, 12.6, 13.8, 1.023, 146, 17_290, 909, 89.4, 7.6, 35.4, 113, 3.76, 0.167, 0.137)
 OVERLAPPING = Rates(1087, 675, 107, 185, 14.1, 20.9, 1.079, 178, 28_370, 597, 85.9, 19.3, 30.2, 1192, 2.05, 0, 0.155)
+_BOTH: Any = Rates(*np.array([ALONE, OVERLAPPING]).T[:, :, None])  # each figure a column of two
 
 
 @cache
@@ -77,7 +78,7 @@ def variants() -> tuple[Variant, ...]:
             for residents in range(1, strip.ctas_per_sm + 1):
                 room = min(SM_SMEM_BYTES // residents - RESERVED_SMEM_BYTES, strip.smem_bytes)
                 stages = max((s for s in range(1, 65) if strip.smem_bytes_of(s, split) <= room), default=0)
-                if stages >= 2 and strip.fits(stages, split):
+                if stages >= 2:
                     found.append(Variant(strip, split, residents, stages))
     return tuple(found)
 
@@ -117,16 +118,17 @@ class Costs:
         self.waves = np.maximum(1, np.ceil(self.ctas / room))
         self._uneven = np.where(self.waves > 1, self.waves * room / self.ctas - 1, 0)
         self.memory_us = problem.bytes / device.memory_gbps / 1e3
-        self._us = [self._total(ALONE), self._total(OVERLAPPING)]
+        self._us = self._total(_BOTH)
 
         # Half a strip of nobody's rows is never best; nor are few rows on wgmma's m side.
         few = (problem.m <= t.block_m) & ((problem.m > t.block_m // 2) | (t.block_m == 8))
         once = (problem.m <= t.block_m) | (problem.n <= MOST_COLUMNS)
         fits = np.where(t.swapped, few, once & (problem.m > 16)) & (t.split <= problem.k_blocks)
         fits &= (t.block_m % config.block_m == 0) & (t.block_n % config.block_n == 0)
-        self.legal = fits & ((t.split == 1) | (not config.batch_invariant))
+        self.legal = fits & ((t.split == 1) | (not config.batch_invariant)) & (t.split <= device.num_sms)
 
-    def _total(self, rates: Rates) -> Any:
+    def _total(self, rates: Any) -> Any:
+        """In us, a row for each of the rates."""
         t, work = self.table, self.waves * self.blocks
         size = (np.minimum(t.block_m, self._problem.m) + t.block_n) * BLOCK_K  # of a stage
         busiest = np.ceil(self.ctas / self._sms)
@@ -138,7 +140,7 @@ class Costs:
             work * (rates.block + rates.area * t.area / 4096 / np.minimum(t.warpgroups, 2) + swapped),
             self.waves * np.ceil(self.blocks / self.stages) * rates.latency,
         )
-        loop = sum(term**rates.sharpness for term in terms) ** (1 / rates.sharpness)
+        loop = norm(rates.sharpness, *terms)
         loop *= 1 + rates.crowd * self.stages * t.stage_bytes / SM_SMEM_BYTES
         sums = np.where(t.split > 1, rates.split + t.area * 4 * (t.split - 1) / t.split / rates.send, 0)
         unready = rates.unready * (1 - np.minimum(1, self.stages / self.blocks / self.waves))
@@ -146,7 +148,7 @@ class Costs:
         return (start + unready + loop + sums + t.area * 2 / rates.store) / 1e3
 
     def us(self, pdl: bool) -> Any:
-        return self._us[pdl]
+        return self._us[int(pdl)]
 
     def plan(self, i: int) -> Plan:
         """The plan of variant number i."""
@@ -163,7 +165,7 @@ class Costs:
         return Plan(self._problem, variant.strip, ctas, 1, 100, config.pdl, cost, stages, variant.split)
 
 
-def takes(problem: Problem, config: Config) -> bool:
+def takes(problem: Problem, device: Device, config: Config) -> bool:
     """Whether the kernel for few rows multiplies such a problem. It spreads over all SMs, as fast as it can."""
     dense = problem.kind == Kind.DENSE and not problem.column_scales and problem.m <= MOST_ROWS and problem.k > 0
-    return dense and config.num_sms is None and config.tc_util == 100
+    return dense and config.num_sms in (None, device.num_sms) and config.tc_util == 100

@@ -16,7 +16,7 @@ from . import decode
 from .config import Config
 from .errors import InvalidInputError
 from .layout import align, ceil_div
-from .plan import BLOCK_K, Cost, Plan, Strip, Tile, make_tile
+from .plan import BLOCK_K, Cost, Plan, Strip, Tile, make_tile, norm
 from .problem import Kind, Problem
 from .runtime.device import Device
 
@@ -130,7 +130,7 @@ class _Costs:
         shared = rows / table.cluster_n + table.block_n / table.cluster_m
         l2 = shared * BLOCK_K * np.minimum(clusters, np.maximum(count, 1)) * table.cluster / L2_BYTES_PER_NS
         tensor = used * table.tensor_ns
-        self.block_ns = _norm(SHARPNESS, tensor, ingest, l2, table.latency_ns) + table.straddle_ns
+        self.block_ns = norm(SHARPNESS, tensor, ingest, l2, table.latency_ns) + table.straddle_ns
         k_blocks = problem.k_blocks / (problem.groups if problem.kind in (Kind.K_GROUPED, Kind.K_ENDS) else 1)
         sooner = SOONER_US * (table.cluster == 1) if problem.kind == Kind.DENSE else 0.0
         self.start_us = table.start_us - sooner
@@ -138,7 +138,7 @@ class _Costs:
         self.memory_us = problem.bytes / (MEMORY_EFFICIENCY * device.memory_gbps) / 1e3
         blocks = count * table.cluster * k_blocks
         self.power_us = blocks * BLOCK_K * used * table.area * 2 / FLOP_PER_US
-        self.us = self.start_us + _norm(SHARPNESS / 2, compute_us, self.memory_us, self.power_us) + table.end_us
+        self.us = self.start_us + norm(SHARPNESS / 2, compute_us, self.memory_us, self.power_us) + table.end_us
 
     def plan(self, i: int) -> Plan:
         """The plan that walks the problem with the table's tile number i."""
@@ -150,9 +150,8 @@ class _Costs:
             us, start_us, waves, block_ns, tile_ns, self.memory_us, self.power_us[i].item(), table.end_us[i].item()
         )
         ctas, config, problem = clusters * tile.cluster, self._config, self._problem
-        # Launches that overlap start CTAs one by one, which then read a's rows at different times (docs/facts.md).
-        apart = problem.kind == Kind.DENSE and problem.m > 64 and problem.k >= LONG_K
-        return Plan(problem, tile, ctas, band, config.tc_util, config.pdl and not apart, cost, tile.stages)
+        pdl = config.pdl and _may_overlap(problem)
+        return Plan(problem, tile, ctas, band, config.tc_util, pdl, cost, tile.stages)
 
     def _walk(self, i: int) -> tuple[int, int]:
         """How many clusters run, and the height of the bands that they walk: those that cost L2 and memory least.
@@ -181,6 +180,15 @@ class _Costs:
 
         band = min(_even_heights(rows), key=cost)
         return run(band), band
+
+
+def _may_overlap(problem: Problem) -> bool:
+    """Whether a tile's launch may overlap with the kernel before.
+
+    CTAs then start one by one, and read the same rows of a at different times: with many rows and a long K that costs
+    more than it saves (docs/facts.md, few rows).
+    """
+    return problem.kind != Kind.DENSE or problem.m <= 64 or problem.k < LONG_K
 
 
 def _turns(count: Any, clusters: Any, half: Any) -> Any:
@@ -220,13 +228,11 @@ class _Options:
         self._tiles = _Costs(table, problem, device, config)
         legal = _legal(table, problem, device, config)
         us = np.where(legal, self._tiles.us, np.inf)
-        ready = min(1.0, AHEAD / problem.k_blocks) if problem.k else 0.0
-        together = problem.m <= 64 or problem.k < LONG_K
-        overlap = (
-            together * (OVERLAP_US + READY_US * ready) * (table.cluster == 1) if problem.kind == Kind.DENSE else 0.0
-        )
-        self._us, self._split = [us, us - overlap], np.ones(len(us), dtype=int)
-        self._strips = decode.Costs(problem, device, config) if decode.takes(problem, config) else None
+        overlap_us = 0.0
+        if problem.kind == Kind.DENSE and _may_overlap(problem):
+            overlap_us = (OVERLAP_US + READY_US * min(1.0, AHEAD / problem.k_blocks)) * (table.cluster == 1)
+        self._us, self._split = [us, us - overlap_us], np.ones(len(us), dtype=int)
+        self._strips = decode.Costs(problem, device, config) if decode.takes(problem, device, config) else None
         if self._strips:
             of_strips = (np.where(self._strips.legal, self._strips.us(pdl), np.inf) for pdl in (False, True))
             self._us = [np.concatenate(pair) for pair in zip(self._us, of_strips, strict=True)]
@@ -302,10 +308,6 @@ def _even_heights(rows: int) -> Iterator[int]:
         yield height
         height = ceil_div(rows, ceil_div(rows, height - 1))
     yield height
-
-
-def _norm(p: float, *terms: Any) -> Any:
-    return sum(term**p for term in terms) ** (1 / p)
 
 
 def box_rows(tile: Tile | Strip, problem: Problem) -> int:

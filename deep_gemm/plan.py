@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from math import gcd
 from pathlib import Path
+from typing import Any
 
 from .layout import align
 from .problem import Kind, Problem
@@ -128,8 +129,7 @@ class Tile:
             "producer_registers": producer,
             "wait_limit": wait_limit,
         }
-        lines = [f"constexpr int {name.upper()} = {int(value)};" for name, value in constants.items()]
-        return "\n".join([_HEADER, *lines, "", _wgmma(self.chunk_n)])
+        return _config(constants, self.chunk_n)
 
     def source(self, wait_limit: int = 0) -> Source:
         """The kernel for this tile, ready to be compiled."""
@@ -186,11 +186,6 @@ class Strip:
         sums = self.block_m * self.block_n * 4 // split * (split - 1)
         return stages * (operands + 24) + 32 + sums
 
-    def fits(self, stages: int, split: int) -> bool:
-        """Whether what is left of a tile at the end has room where operands were."""
-        rows = 0 if self.swapped else self.block_m * (self.block_n * 2 + 16)
-        return rows <= stages * (self.block_m + self.block_n) * BLOCK_K
-
     @property
     def name(self) -> str:
         return f"{self.block_m}x{self.block_n} {'swapped' if self.swapped else 'strip'}"
@@ -198,8 +193,7 @@ class Strip:
     def render(self, wait_limit: int = 0) -> str:
         """The text of config.cuh."""
         constants = {f.name: getattr(self, f.name) for f in fields(self)} | {"wait_limit": wait_limit}
-        lines = [f"constexpr int {name.upper()} = {int(value)};" for name, value in constants.items()]
-        return "\n".join([_HEADER, *lines, "", _wgmma(self.chunk_n)])
+        return _config(constants, self.chunk_n)
 
     def source(self, wait_limit: int = 0) -> Source:
         """The kernel for this strip, ready to be compiled."""
@@ -211,6 +205,11 @@ _HEADER = """\
 #pragma once
 #include "ptx/base.cuh"
 """
+
+
+def _config(constants: dict[str, int], chunk_n: int) -> str:
+    lines = [f"constexpr int {name.upper()} = {int(value)};" for name, value in constants.items()]
+    return "\n".join([_HEADER, *lines, "", _wgmma(chunk_n)])
 
 
 def _wgmma(n: int) -> str:
@@ -264,6 +263,11 @@ class Cost:
             f"power {self.power_us:.1f} beside {self.waves:.3g} wave{'s' * (self.waves != 1)} of tiles: "
             f"{self.block_ns:.0f} ns per K block and {self.tile_ns:.0f} ns per tile"
         )
+
+
+def norm(p: float, *terms: Any) -> Any:
+    """The p-norm of times that go by side by side: the larger p, the more the longest alone decides."""
+    return sum(term**p for term in terms) ** (1 / p)
 
 
 @dataclass(frozen=True, eq=False)

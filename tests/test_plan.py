@@ -113,11 +113,14 @@ def test_plans_are_legal():
     for problem, num_sms in random_problems(100):
         chosen = heuristics.choose(problem, H200, Config(num_sms=num_sms))
         tile = chosen.tile
+        assert chosen.cost.us > 0
+        if isinstance(tile, plan.Strip):  # of which tests/test_decode.py asks more
+            assert num_sms == H200.num_sms and problem.m <= 128
+            continue
         rows = -(-problem.m // (tile.block_m * tile.cluster_m))
         assert 1 <= chosen.band <= rows
         assert 1 <= chosen.ctas <= num_sms
         assert chosen.ctas % tile.cluster == 0
-        assert chosen.cost.us > 0
 
 
 def test_ranking_starts_with_the_choice():

@@ -28,6 +28,7 @@ constexpr int SUM = PIECES * 512;                   // bytes of a warp's sums
 constexpr int ROW = WIDTH * 2 + 16;                 // bytes of a row of the tile in shared memory: padded against bank conflicts
 constexpr int A_SCALES = SWAPPED ? CHUNK_N / 4 : 2; // that a thread needs for a chunk
 constexpr int SCALES = TOKENS < 32 ? 32 : TOKENS;   // of one stage, which starts at a multiple of 128 bytes
+static_assert(SWAPPED || HEIGHT * ROW <= (TOKENS + BLOCK_N) * BLOCK_K, "a tile's rows take more than one stage's operands");
 
 // Shared memory, by address: how many stages there are is known at the launch.
 struct Storage {

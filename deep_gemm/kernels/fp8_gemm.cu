@@ -45,8 +45,8 @@ DEVICE void load(const Args& args, SharedStorage& smem, const Tile& tile, Pipeli
         if (!PLAIN && problem.pace) spin(problem.pace);
         if (TURN == LATER && block == late) barrier_arrive_cluster(cluster_address(shared_address(&smem.claim), 0));
         const uint32_t k = block * BLOCK_K, a = shared_address(smem.a[stage]), b = shared_address(smem.b[stage]);
-        // CTAs of a cluster that need the same operand load half of it each, for both.
         if constexpr (TURN != FIRST_A) barrier_expect_bytes(full, bytes);  // all that lands here, whoever sends it
+        // CTAs of a cluster that need the same operand load half of it each, for both.
         if constexpr (TURN != FIRST_B) {
             if constexpr (CLUSTER_N == 2)
                 tensor_load_multicast(a + rank * (BLOCK_M / 2 * BLOCK_K), a_map, k, tile.m + rank * (BLOCK_M / 2), a_group, full, 3);

@@ -24,7 +24,7 @@ MAX_LAUNCHERS = 1024  # for each thread
 
 
 class _ProblemArgs(ctypes.Structure):
-    """`struct Problem` of kernels/scheduler.cuh."""
+    """`struct Problem` of kernels/problem.cuh."""
 
     _fields_ = [
         ("kind", ctypes.c_uint32),
@@ -57,7 +57,7 @@ class _ProblemArgs(ctypes.Structure):
 
 
 class _Args(ctypes.Structure):
-    """`struct Args` of kernels/scheduler.cuh. Its tensor maps are aligned: `_args` sees to that."""
+    """`struct Args` of kernels/problem.cuh. Its tensor maps are aligned: `_args` sees to that."""
 
     _fields_ = [
         ("a", ctypes.c_byte * MAP_BYTES),
