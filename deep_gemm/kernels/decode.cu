@@ -106,7 +106,7 @@ class Consumer {
     const Storage& smem;
     const Work& work;
     const bool reused;                              // stages are, by later K blocks
-    const uint32_t nothing;                         // 0, which ptxas does not know
+    const uint32_t nothing;                         // of the problem
     const float* b_scales;                          // of the warpgroup's rows and this CTA's K blocks
     int64_t b_scale_stride;
     float b_scale, next_b_scale;                    // of K block `lane` of these 32, and of the next
@@ -144,9 +144,8 @@ class Consumer {
         }
     }
 
-    // Tells the loading warps that a stage has been read. To ptxas a load is done once it is issued, but what the copy engine then
-    // writes may still overtake it: so the barrier's address depends on what was loaded last.
-    DEVICE void release(uint32_t stage, float last) const { barrier_arrive(smem.empty(stage) + (__float_as_uint(last) & nothing)); }
+    // Tells the loading warps that a stage has been read, once its last scale has.
+    DEVICE void release(uint32_t stage, float last) const { barrier_arrive(smem.empty(stage) + zero_after(last, nothing)); }
 
     // Multiplies and promotes BLOCKS K blocks, of which `block` is the first. A chunk is promoted while the next is multiplied.
     template <int BLOCKS> DEVICE void accumulate(uint32_t block) {
@@ -189,7 +188,7 @@ public:
     bool own;                                       // the warp's part of the tile is this CTA's
 
     DEVICE Consumer(const Problem& problem, const Storage& storage, const Work& w)
-        : smem(storage), work(w), reused(w.blocks > storage.stages), nothing(problem.kind) {
+        : smem(storage), work(w), reused(w.blocks > storage.stages), nothing(problem.nothing) {
         const uint32_t row = min(work.n + (SWAPPED ? warp / 4 * 64 : 0), problem.n - 1) / 128;
         b_scale_stride = problem.b_scale_stride_k;
         b_scales = problem.b_scales + row * problem.b_scale_stride_n + work.first * b_scale_stride;

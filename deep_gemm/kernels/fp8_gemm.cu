@@ -143,7 +143,8 @@ struct Scales {
 
 // The same where every column has a scale: of the thread's columns in a chunk.
 struct ColumnScales {
-    float b[COLUMN_SCALES ? CHUNK_N / 4 : 1];
+    static constexpr int COUNT = COLUMN_SCALES ? CHUNK_N / 4 : 1;
+    float b[COUNT];
 };
 
 // Adds a chunk's partial sum to the result: s = rn(scale_a * scale_b), result = fma(s, partial, result).
@@ -187,13 +188,14 @@ class Consumer {
     SharedStorage& smem;
     uint32_t warp, lane;
     uint32_t peer_empty;                            // the address of `empty` in the other CTA of the cluster
+    uint32_t nothing;                               // of the problem
     Pipeline pipe;
     float partial[BANKS][CHUNK_N / 2] = {};         // what the tensor cores add up
 
     // Tells the producers that a stage has been read: every lane its own CTA's, since every lane has read scales that come from
     // there (and so racecheck can follow the order); one lane the other's of the cluster, which sends operands alone.
-    DEVICE void release(uint32_t stage) {
-        barrier_arrive(shared_address(&smem.empty[stage]));
+    DEVICE void release(uint32_t stage, uint32_t zero = 0) {
+        barrier_arrive(shared_address(&smem.empty[stage]) + zero);
         if constexpr (CLUSTER > 1)
             if (lane_index() == 0) barrier_arrive_cluster(peer_empty + stage * sizeof(uint64_t));
     }
@@ -229,7 +231,7 @@ class Consumer {
 public:
     uint32_t row;                                   // the first of this thread's two, within the tile
 
-    DEVICE explicit Consumer(SharedStorage& storage) : smem(storage) {
+    DEVICE Consumer(const Problem& problem, SharedStorage& storage) : smem(storage), nothing(COLUMN_SCALES ? problem.nothing : 0) {
         warp = warp_index(), lane = threadIdx.x % 32, row = warp * 16 + lane / 4;
         if constexpr (CLUSTER > 1) peer_empty = cluster_address(shared_address(smem.empty), cluster_rank() ^ 1);
     }
@@ -272,7 +274,9 @@ public:
             if (BANKS == 2 && i < STEPS) wgmma_wait<1>();
             else wgmma_wait<0>();
             pin(partial[done % BANKS]);
-            if (done % CHUNKS == CHUNKS - 1) release(stages[done / CHUNKS]);
+            // Scales of columns were loaded just now, those of rows a K block ago.
+            const uint32_t zero = COLUMN_SCALES ? zero_after(columns.b[ColumnScales::COUNT - 1], nothing) : 0;
+            if (done % CHUNKS == CHUNKS - 1) release(stages[done / CHUNKS], zero);
             if constexpr (COLUMN_SCALES) promote(result, partial[done % BANKS], scales[done / CHUNKS], columns, done % CHUNKS);
             else promote<LOW, HIGH>(result, partial[done % BANKS], scales[done / CHUNKS], done % CHUNKS, boundary);
         }
@@ -309,7 +313,7 @@ template <int LOW> DEVICE void accumulate_most(Consumer& consumer, float (&resul
 }
 
 DEVICE void consume(const Args& args, SharedStorage& smem) {
-    Consumer consumer(smem);
+    Consumer consumer(args.problem, smem);
     float result[BLOCK_N / 2] = {};
     for (Tiles tiles(smem);;) {
         const Tile& tile = tiles.get();

@@ -33,6 +33,7 @@ struct Problem {              // what every launch needs comes first: one line o
     const float* c;           // what an FP32 result is added to, with d's strides; or nothing
     const uint8_t *a, *b;     // where groups have their own K: the first group's, and
     TensorMap* maps;          // the maps of a and b, group by group
+    uint32_t nothing;         // 0, which ptxas does not know (wait.cuh, `zero_after`)
 };
 
 struct Args {

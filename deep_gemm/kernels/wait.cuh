@@ -1,7 +1,12 @@
-// Waiting for a phase of an mbarrier.
+// Waiting for a phase of an mbarrier, and what has to be waited for before one arrives at it.
 #pragma once
 #include "config.cuh"
 #include "ptx/barrier.cuh"
+
+// 0, once `loaded` has come from shared memory: for the address of the barrier that one arrives at then. To ptxas a load is done
+// when it is issued; but what the copy engine writes into a stage that was released right behind it may overtake it
+// (docs/facts.md, few rows). nothing: the host's 0.
+DEVICE uint32_t zero_after(float loaded, uint32_t nothing) { return __float_as_uint(loaded) & nothing; }
 
 // Spins until the phase is over. In a debug build nothing hangs: after WAIT_LIMIT steps of 2^30 ns the kernel ends with a store
 // to an address that names the warp, 16 * (warp + 1). (A `trap` here would make ptxas spill in the warpgroups.)

@@ -53,6 +53,7 @@ class _ProblemArgs(ctypes.Structure):
         ("a", ctypes.c_uint64),
         ("b", ctypes.c_uint64),
         ("maps", ctypes.c_uint64),
+        ("nothing", ctypes.c_uint32),
     ]
 
 
@@ -66,7 +67,7 @@ class _Args(ctypes.Structure):
         ("b_scales", ctypes.c_byte * MAP_BYTES),
         ("d", ctypes.c_byte * MAP_BYTES),
         ("problem", _ProblemArgs),
-        ("padding", ctypes.c_byte * 40),  # alignas(64)
+        ("padding", ctypes.c_byte * 32),  # alignas(64)
     ]
 
 
