@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from .errors import InvalidInputError
-from .layout import align, ceil_div
+from .layout import align, ceil_div, is_whole
 from .problem import Kind, Operands, Problem
 
 Floats: TypeAlias = NDArray[np.float32]
@@ -237,7 +237,11 @@ def truth_and_bound(
 
 
 def _part_ends(k: int, split: int) -> list[int]:
-    """The last K block of every part."""
+    """The last K block of every part. Raises: InvalidInputError for what is no number of parts."""
+    if not (is_whole(split) and split >= 1):
+        raise InvalidInputError(
+            f"split is {split!r}, expected a whole number from 1 on: that of the plan, gemm.plan_of"
+        )
     blocks = ceil_div(k, BLOCK)
     return [blocks * part // split - 1 for part in range(1, split + 1)]
 

@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from test_plan import MAX_MOVES, moves_to_uniform_registers
 
 from deep_gemm import decode, heuristics, reference
 from deep_gemm.config import Config
+from deep_gemm.errors import InvalidInputError
 from deep_gemm.plan import Strip
 from deep_gemm.problem import Kind, Problem
 from deep_gemm.quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
@@ -121,6 +123,20 @@ def test_a_part_of_a_gpu_has_no_larger_clusters():
 def test_tiles_overlap_where_it_pays(m: int, k: int, pdl: bool):
     tile = heuristics.make_tile(64, 64)
     assert heuristics.plan_for(tile, Problem(m, 7168, k), H200, Config(pdl=True)).pdl is pdl
+
+
+@pytest.mark.parametrize("split", [0, -1, 2.0, True, None])
+def test_what_is_no_split(split: Any):
+    a, b = per_token_cast_to_fp8(torch.randn(2, 256)), per_block_cast_to_fp8(torch.randn(8, 256))
+    for call in (reference.fp8_gemm_nt, reference.truth_and_bound):
+        with pytest.raises(InvalidInputError) as error:
+            call(*a, *b, split=split)
+        assert str(error.value) == (
+            f"split is {split!r}, expected a whole number from 1 on: that of the plan, gemm.plan_of"
+        )
+    d = torch.empty(2, 8, dtype=torch.bfloat16)
+    reference.run(*a, *b, d, split=2)
+    assert not d.isnan().any()
 
 
 @pytest.mark.parametrize("split", [1, 2, 3, 4, 8])
