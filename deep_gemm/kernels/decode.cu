@@ -313,6 +313,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) fp8_gemm(cons
         if (elect_one()) loader.load_b(work.blocks);
     } else {
         Loader loader{args, smem, work};
+        // The next kernel, once it starts, fills its stages. Where this one has far more to come than its own hold, that takes memory
+        // from it, and leaves the next one nothing to do while it waits for this one's end.
+        const bool later = smem.stages * 5 < work.blocks * 3;
         if (elect_one()) {
             if (work.split > 1) {
                 barrier_init(smem.received(), 1);
@@ -324,11 +327,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) fp8_gemm(cons
         if (work.split > 1) cluster_arrive();
         if (elect_one()) {
             previous_kernel_wait();                 // which may write a, and read or write d
-            next_kernel_start();
+            if (!later) next_kernel_start();
             loader.load_a(soon);
         }
         barrier_arrive<READY, THREADS>();
         barrier_sync<A_READY, CONSUMERS + 32>();
-        if (elect_one()) loader.load_a(work.blocks);
+        if (elect_one()) {
+            if (later) loader.load_a((smem.stages + work.blocks) / 2), next_kernel_start();
+            loader.load_a(work.blocks);
+        }
     }
 }
