@@ -310,14 +310,26 @@ def _even_heights(rows: int) -> Iterator[int]:
     yield height
 
 
+def height(tile: Tile | Strip, problem: Problem) -> int:
+    """Rows of a tile: a few rows of tiles share out evenly what there is, for a copy's rows out of bounds cost time.
+
+    Not where more warpgroups would have rows then; nor CTAs that share rows of a: they load halves of block_m.
+    """
+    cluster_m, cluster_n = (tile.cluster_m, tile.cluster_n) if isinstance(tile, Tile) else (1, 1)
+    rows = ceil_div(problem.m, tile.block_m * cluster_m) * cluster_m
+    share = align(ceil_div(problem.m, rows), 8)
+    few = problem.kind == Kind.DENSE and 1 < rows <= 4 and cluster_n == 1
+    return share if few and rows * ceil_div(share, 64) == ceil_div(problem.m, 64) else tile.block_m
+
+
 def box_rows(tile: Tile | Strip, problem: Problem) -> int:
     """Rows of a that one copy brings. Rows past a small M, or a small group, would take time and serve nobody.
 
     The CTAs of a cluster load their shared operand in halves.
     """
     if isinstance(tile, Strip):
-        return min(tile.block_m, problem.m)
-    rows = min(tile.block_m // tile.cluster_n, align(problem.m, 8))
+        return min(height(tile, problem), problem.m)
+    rows = min(height(tile, problem) // tile.cluster_n, align(problem.m, 8))
     if problem.kind in (Kind.MASKED, Kind.ENDS) and tile.cluster_n == 1:
         expected = problem.rows // problem.groups
         rows = min(rows, 16 if expected <= 16 else 32 if expected <= 32 else 64)

@@ -16,7 +16,7 @@ import torch
 from deep_gemm import heuristics
 from deep_gemm.config import Config
 from deep_gemm.errors import LaunchError
-from deep_gemm.plan import Plan, Strip
+from deep_gemm.plan import Plan, Strip, make_strip, make_tile
 from deep_gemm.problem import Kind, Operands, Problem
 from deep_gemm.runtime import driver, launch
 from deep_gemm.runtime.compiler import compile
@@ -166,6 +166,28 @@ def test_operands_of_a_strip_are_described(m: int, box: int, scales: int, notes:
     assert fields(launched, "d", "d_stride_m") == [o.d.data_ptr(), 264]
 
 
+def test_few_rows_of_tiles_share_rows_evenly(notes: Notes):
+    """No copy of theirs brings rows that are not there, but for those that make up a multiple of 8."""
+    low, high, dense, strip = make_tile(64, 64), make_tile(128, 64), Problem(96, 264, 400), make_strip(False, 64)
+    heights = {m: heuristics.height(low, replace(dense, m=m)) for m in (1, 64, 65, 96, 128, 129, 200, 256, 257)}
+    assert heights == {1: 64, 64: 64, 65: 40, 96: 48, 128: 64, 129: 48, 200: 56, 256: 64, 257: 64}
+    heights = {m: heuristics.height(high, replace(dense, m=m)) for m in (96, 129, 160, 200, 256, 300, 340)}
+    assert heights == {96: 128, 129: 128, 160: 128, 200: 104, 256: 128, 300: 128, 340: 120}
+    assert heuristics.height(strip, dense) == heuristics.height(make_tile(64, 64, 2, 1), dense) == 48
+    for tile, problem in (
+        (make_tile(64, 64, 1, 2), dense),
+        (low, replace(dense, kind=Kind.MASKED, groups=2)),
+        (low, replace(dense, kind=Kind.CONTIGUOUS, groups=2, alignment=64)),
+    ):
+        assert heuristics.height(tile, problem) == 64
+    for tile in (low, strip):
+        every = heuristics.ranked(Problem(96, 264, 400), H200, every_split=True)
+        launch.launch(next(plan for plan in every if plan.tile == tile), operands(96, 264, 400))
+        assert notes.encoded[0].box == [128, 48, 1]
+        assert fields(notes.launched[0], "height", "box_rows") == [48, 48]
+        notes.encoded.clear(), notes.launched.clear()
+
+
 @pytest.mark.parametrize("columns", [False, True])
 def test_what_may_be_fetched_early(columns: bool, notes: Notes):
     """b of a launch that overlaps; but not if its scales are per row: then b is as new as a."""
@@ -311,7 +333,9 @@ def test_a_share_of_the_tensor_cores_is_a_pace(notes: Notes):
     assert [launched.problem["pace"] for launched in notes.launched] == [0, 128, 6400]
 
 
-@pytest.mark.parametrize(("m", "rows", "scale_rows"), [(1, 8, 4), (13, 16, 16), (64, 64, 64), (65, 64, 64)])
+@pytest.mark.parametrize(
+    ("m", "rows", "scale_rows"), [(1, 8, 4), (13, 16, 16), (64, 64, 64), (65, 40, 64), (257, 64, 64)]
+)
 def test_no_more_rows_are_asked_for_than_there_are(m: int, rows: int, scale_rows: int, notes: Notes):
     launch.launch(plan((64, 32), m, 64, 128), operands(m, 64, 128))
     assert notes.encoded[0].box == [128, rows, 1]

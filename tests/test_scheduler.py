@@ -18,9 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from deep_gemm.heuristics import make_tile
+from deep_gemm import heuristics
 from deep_gemm.layout import align, ceil_div
-from deep_gemm.problem import Kind
+from deep_gemm.plan import make_tile
+from deep_gemm.problem import Kind, Problem
 
 KERNELS = Path(__file__).parents[1] / "deep_gemm" / "kernels"
 COMPILER = shutil.which("c++")
@@ -52,6 +53,7 @@ class Case:
     m: int
     n: int
     k: int
+    height: int
     band: int
     groups: int
     alignment: int
@@ -60,8 +62,8 @@ class Case:
     ctas: int
 
     def line(self, seed: int, launches: int) -> str:
-        numbers = (seed, self.ctas, launches, self.kind, self.m, self.n, self.k, self.band, self.counter, self.groups)
-        return " ".join(map(str, (*numbers, self.alignment, len(self.layout), *self.layout)))
+        numbers = (seed, self.ctas, launches, self.kind, self.m, self.n, self.k, self.height, self.band, self.counter)
+        return " ".join(map(str, (*numbers, self.groups, self.alignment, len(self.layout), *self.layout)))
 
     def ranges(self) -> list[tuple[int, int]]:
         """Rows of every group, or columns along K, where it has one range. Clamped as the docstrings say."""
@@ -120,7 +122,8 @@ def cases(draw: random.Random, tile, count: int) -> Iterator[Case]:
         counter = draw.choice([0, 1, 7]) if kind in (Kind.MASKED, Kind.ENDS) else 0
         ctas = tile.cluster * draw.randint(1, draw.choice([5, 40]))
         n, band = 8 * draw.randint(1, draw.choice([8, 60])), draw.randint(1, draw.choice([2, 16]))
-        yield Case(kind, m, n, k, band, groups, alignment, layout, counter, ctas)
+        height = heuristics.height(tile, Problem(m, n, k)) if kind == Kind.DENSE else tile.block_m
+        yield Case(kind, m, n, k, height, band, groups, alignment, layout, counter, ctas)
 
 
 @cache

@@ -46,7 +46,7 @@ struct Storage {
 // What a CTA multiplies. The first copy waits for it, so nothing is divided: the split is a power of two, and there is mostly one row
 // of tiles.
 struct Work {
-    uint32_t m, n;                                  // first row and column of the tile
+    uint32_t m, n, end;                             // first row and column of the tile, and the first row that is not its own
     uint32_t first, blocks;                         // K blocks
     uint32_t rank, split;                           // in the cluster
 
@@ -54,7 +54,7 @@ struct Work {
         rank = cluster_rank(), split = cluster_size();
         const uint32_t shift = __popc(split - 1), tile = blockIdx.x >> shift, rows = (problem.m + TOKENS - 1) / TOKENS;
         const uint32_t column = rows == 1 ? tile : tile / rows, all = (problem.k + 127) / 128;
-        m = (tile - column * rows) * TOKENS, n = column * BLOCK_N;
+        m = (tile - column * rows) * problem.height, n = column * BLOCK_N, end = min(problem.m, m + problem.height);
         first = all * rank >> shift, blocks = (all * (rank + 1) >> shift) - first;
     }
 };
@@ -259,8 +259,8 @@ public:
                 const uint32_t left = transpose_matrix(first), right = transpose_matrix(second);
                 const uint32_t m = work.m + j * 8 + lane / 4, n = work.n + warp * 16 + lane % 4 * 2;
                 uint32_t* to = reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(problem.d) + m * problem.d_stride_m + n);
-                if (m < problem.m && n < problem.n) to[0] = left;
-                if (m < problem.m && n + 8 < problem.n) to[4] = right;
+                if (m < work.end && n < problem.n) to[0] = left;
+                if (m < work.end && n + 8 < problem.n) to[4] = right;
             } else {
                 const uint32_t to = tile + lane / 4 * ROW + j * 16 + lane % 4 * 4;
                 store_shared(to, first), store_shared(to + 8 * ROW, second);
@@ -272,7 +272,7 @@ public:
             for (uint32_t i = lane; i < 16 * (WIDTH / 8); i += 32) {
                 const uint32_t unit = i % (WIDTH / 8), r = i / (WIDTH / 8), m = work.m + warp * 16 + r, n = work.n + unit * 8;
                 uint16_t* to = static_cast<uint16_t*>(problem.d) + m * problem.d_stride_m + n;
-                if (m < problem.m && n < problem.n) *reinterpret_cast<float4*>(to) = load_shared_float4(tile + r * ROW + unit * 16);
+                if (m < work.end && n < problem.n) *reinterpret_cast<float4*>(to) = load_shared_float4(tile + r * ROW + unit * 16);
             }
         }
     }

@@ -16,9 +16,9 @@ struct Problem {              // what every launch needs comes first: one line o
     uint32_t m, n;            // of the output; of one group's, where each has its own
     uint32_t k;               // columns of a; of all groups together where they are grouped along K
     uint32_t band;            // tile rows that are walked together, so that operands are found in L2
+    uint32_t height;          // rows of a tile: they are shared out evenly
     uint32_t box_rows;        // rows of a, and
     uint32_t scale_rows;      // of its scales, that one copy brings
-    uint32_t pace;            // clocks from one K block to the next, at least
     uint32_t counter;         // in `claimed`; 0: none, then each cluster's tiles are known beforehand
     uint32_t groups;
     uint32_t stages;          // K blocks in flight, where that is not compiled in
@@ -33,6 +33,7 @@ struct Problem {              // what every launch needs comes first: one line o
     const float* c;           // what an FP32 result is added to, with d's strides; or nothing
     const uint8_t *a, *b;     // where groups have their own K: the first group's, and
     TensorMap* maps;          // the maps of a and b, group by group
+    uint32_t pace;            // clocks from one K block to the next, at least
     uint32_t nothing;         // 0, which ptxas does not know (wait.cuh, `zero_after`)
 };
 

@@ -68,7 +68,7 @@ class Scheduler {
         const uint32_t top = band * problem.band, height = min(problem.band, rows - top);
         const uint32_t column = height == 1 ? in_band : in_band / height, row = top + in_band - column * height;
         const uint32_t rank = CLUSTER > 1 ? cluster_rank() : 0;
-        tile.m = (row * CLUSTER_M + rank / CLUSTER_N) * BLOCK_M;
+        tile.m = (row * CLUSTER_M + rank / CLUSTER_N) * problem.height, tile.end = min(problem.m, tile.m + problem.height);
         tile.n = ((band % 2 ? columns - 1 - column : column) * CLUSTER_N + rank % CLUSTER_N) * BLOCK_N;
         tile.right = problem.n;
     }
@@ -114,7 +114,7 @@ public:
         tile.rows = i < tiles ? Tile::TOGETHER : Tile::NONE;
         if (tile.rows == Tile::NONE) return;
         place(tile, i, rows);
-        tile.group = tile.batch = tile.k = tile.apart = 0, tile.end = problem.m, tile.k_blocks = (problem.k + 127) / 128;
+        tile.group = tile.batch = tile.k = tile.apart = 0, tile.k_blocks = (problem.k + 127) / 128;
         if (halved) {
             if (NARROWS) tile.n += rank % 2 * CHUNK_N, tile.right = min(tile.right, tile.n + CHUNK_N);
             else tile.m += rank % 2 * 64, tile.end = min(tile.end, tile.m + 64);
@@ -158,7 +158,7 @@ public:
         const uint32_t start = __shfl_sync(~0u, groups.start, owner), count = __shfl_sync(~0u, groups.count, owner);
         place(tile, i - (owner > 0 ? before : 0), ((along_k(problem) ? problem.m : count) + HEIGHT - 1) / HEIGHT);
         tile.group = groups.base + owner, tile.batch = problem.kind == ENDS ? 0 : tile.group;
-        tile.k = tile.apart = 0, tile.k_blocks = (problem.k + 127) / 128, tile.end = problem.m, tile.rows = Tile::TOGETHER;
+        tile.k = tile.apart = 0, tile.k_blocks = (problem.k + 127) / 128, tile.rows = Tile::TOGETHER;
         if (along_k(problem)) {
             tile.k = start, tile.k_blocks = (count + 127) / 128;
         } else {
