@@ -118,7 +118,9 @@ def on_tile(tile, a, b, d, num_sms=132):
 
 @pytest.mark.parametrize("kind", ["normal", "bits"])
 @pytest.mark.parametrize(
-    "shape", [(1, 16, 16), (64, 128, 128), (129, 264, 400), (513, 808, 1168), (300, 2112, 640)], ids=str
+    "shape",
+    [(1, 16, 16), (64, 128, 128), (129, 264, 400), (200, 136, 272), (513, 808, 1168), (300, 2112, 640)],
+    ids=str,
 )
 def test_every_tile_gives_the_exact_bits(shape, kind):
     a, b = operands(*shape, kind=kind)
