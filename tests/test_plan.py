@@ -139,17 +139,24 @@ def test_every_block_size_multiple_that_has_a_tile_finds_one(block_m: int, wides
             assert tile.block_m % block_m == tile.block_n % block_n == 0
 
 
-MANY_ROWS, FEW_ROWS = "h200", "h200-few-rows"
+MANY_ROWS, FEW_ROWS, FEW_ROWS_ON_H100 = "h200", "h200-few-rows", "h100-80gb-hbm3-few-rows"
 
 
-@pytest.mark.parametrize("names, mean, worst", [((MANY_ROWS,), 1.01, 1.1), ((MANY_ROWS, FEW_ROWS), 1.018, 1.2)])
-def test_choices_hold_against_a_sweep(names: tuple[str, ...], mean: float, worst: float):
+@pytest.mark.parametrize(
+    "names, median, mean, worst",
+    [
+        ((MANY_ROWS,), 1.005, 1.01, 1.1),
+        ((MANY_ROWS, FEW_ROWS), 1.005, 1.018, 1.2),
+        ((FEW_ROWS_ON_H100,), 1.01, 1.018, 1.15),
+    ],
+)
+def test_choices_hold_against_a_sweep(names: tuple[str, ...], median: float, mean: float, worst: float):
     """What the chosen tiles took, beside the fastest of all, and beside what the model foretold."""
     found = [x for name in names for x in sweep.outcomes(max(sweep.SWEEPS.glob(f"*[0-9]-{name}.json")))]
     assert len(found) > 150
     behind = [x.chosen_us / x.fastest_us for x in found if x.chosen_us]
     assert len(behind) == len(found)  # the chosen tile was timed
-    assert statistics.median(behind) < 1.005
+    assert statistics.median(behind) < median
     assert statistics.mean(behind) < mean
     assert max(behind) < worst
     assert statistics.median(abs(x.foretold_us / x.chosen_us - 1) for x in found if x.chosen_us) < 0.05
