@@ -310,10 +310,11 @@ def _even_heights(rows: int) -> Iterator[int]:
     yield height
 
 
-def height(tile: Tile | Strip, problem: Problem) -> int:
-    """Rows of a tile: a few rows of tiles share out evenly what there is, for a copy's rows out of bounds cost time.
+def tile_rows(tile: Tile | Strip, problem: Problem) -> int:
+    """Rows of a for each tile: block_m, or fewer where a few rows of tiles share out evenly what there is.
 
-    Not where more warpgroups would have rows then; nor CTAs that share rows of a: they load halves of block_m.
+    Else the last ones' copies bring rows out of bounds, which costs time (docs/facts.md, few rows). Not where more
+    warpgroups would have rows then; nor for CTAs that share rows of a, which load halves of block_m.
     """
     cluster_m, cluster_n = (tile.cluster_m, tile.cluster_n) if isinstance(tile, Tile) else (1, 1)
     rows = ceil_div(problem.m, tile.block_m * cluster_m) * cluster_m
@@ -328,8 +329,8 @@ def box_rows(tile: Tile | Strip, problem: Problem) -> int:
     The CTAs of a cluster load their shared operand in halves.
     """
     if isinstance(tile, Strip):
-        return min(height(tile, problem), problem.m)
-    rows = min(height(tile, problem) // tile.cluster_n, align(problem.m, 8))
+        return min(tile_rows(tile, problem), problem.m)
+    rows = min(tile_rows(tile, problem) // tile.cluster_n, align(problem.m, 8))
     if problem.kind in (Kind.MASKED, Kind.ENDS) and tile.cluster_n == 1:
         expected = problem.rows // problem.groups
         rows = min(rows, 16 if expected <= 16 else 32 if expected <= 32 else 64)

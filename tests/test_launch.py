@@ -169,22 +169,22 @@ def test_operands_of_a_strip_are_described(m: int, box: int, scales: int, notes:
 def test_few_rows_of_tiles_share_rows_evenly(notes: Notes):
     """No copy of theirs brings rows that are not there, but for those that make up a multiple of 8."""
     low, high, dense, strip = make_tile(64, 64), make_tile(128, 64), Problem(96, 264, 400), make_strip(False, 64)
-    heights = {m: heuristics.height(low, replace(dense, m=m)) for m in (1, 64, 65, 96, 128, 129, 200, 256, 257)}
-    assert heights == {1: 64, 64: 64, 65: 40, 96: 48, 128: 64, 129: 48, 200: 56, 256: 64, 257: 64}
-    heights = {m: heuristics.height(high, replace(dense, m=m)) for m in (96, 129, 160, 200, 256, 300, 340)}
-    assert heights == {96: 128, 129: 128, 160: 128, 200: 104, 256: 128, 300: 128, 340: 120}
-    assert heuristics.height(strip, dense) == heuristics.height(make_tile(64, 64, 2, 1), dense) == 48
+    found = {m: heuristics.tile_rows(low, replace(dense, m=m)) for m in (1, 64, 65, 96, 128, 129, 200, 256, 257)}
+    assert found == {1: 64, 64: 64, 65: 40, 96: 48, 128: 64, 129: 48, 200: 56, 256: 64, 257: 64}
+    found = {m: heuristics.tile_rows(high, replace(dense, m=m)) for m in (96, 129, 160, 200, 256, 300, 340)}
+    assert found == {96: 128, 129: 128, 160: 128, 200: 104, 256: 128, 300: 128, 340: 120}
+    assert heuristics.tile_rows(strip, dense) == heuristics.tile_rows(make_tile(64, 64, 2, 1), dense) == 48
     for tile, problem in (
         (make_tile(64, 64, 1, 2), dense),
         (low, replace(dense, kind=Kind.MASKED, groups=2)),
         (low, replace(dense, kind=Kind.CONTIGUOUS, groups=2, alignment=64)),
     ):
-        assert heuristics.height(tile, problem) == 64
+        assert heuristics.tile_rows(tile, problem) == 64
     for tile in (low, strip):
         every = heuristics.ranked(Problem(96, 264, 400), H200, every_split=True)
         launch.launch(next(plan for plan in every if plan.tile == tile), operands(96, 264, 400))
         assert notes.encoded[0].box == [128, 48, 1]
-        assert fields(notes.launched[0], "height", "box_rows") == [48, 48]
+        assert fields(notes.launched[0], "tile_rows", "box_rows") == [48, 48]
         notes.encoded.clear(), notes.launched.clear()
 
 

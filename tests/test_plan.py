@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import sweep
-from deep_gemm import heuristics, plan
+from deep_gemm import decode, heuristics, plan
 from deep_gemm.config import Config
 from deep_gemm.problem import Problem
 from deep_gemm.runtime import sass
@@ -137,6 +137,19 @@ def test_every_block_size_multiple_that_has_a_tile_finds_one(block_m: int, wides
         if block_n not in (208, 240):
             tile = heuristics.choose(Problem(4096, 4096, 512), H200, Config(block_m=block_m, block_n=block_n)).tile
             assert tile.block_m % block_m == tile.block_n % block_n == 0
+
+
+def test_no_tile_goes_without_rows_where_they_are_shared_out():
+    """Whoever has the last rows has some; one box of 8 rows or more brings them; no more warpgroups have any."""
+    for tile in (*heuristics.tiles(), *heuristics.tiles(True), *decode.strips()):
+        cluster_m = 1 if isinstance(tile, plan.Strip) else tile.cluster_m
+        for m in range(1, 1100):
+            problem = Problem(m, 264, 400, column_scales=tile.column_scales)
+            share, rows = heuristics.tile_rows(tile, problem), -(-m // (tile.block_m * cluster_m)) * cluster_m
+            if share < tile.block_m:
+                assert share % 8 == 0 and (rows - 1) * share < m <= rows * share
+                assert rows * -(-share // 64) == -(-m // 64)
+                assert share <= heuristics.box_rows(tile, problem)
 
 
 MANY_ROWS, FEW_ROWS, FEW_ROWS_ON_H100 = "h200", "h200-few-rows", "h100-80gb-hbm3-few-rows"

@@ -53,7 +53,7 @@ class Case:
     m: int
     n: int
     k: int
-    height: int
+    tile_rows: int
     band: int
     groups: int
     alignment: int
@@ -62,8 +62,9 @@ class Case:
     ctas: int
 
     def line(self, seed: int, launches: int) -> str:
-        numbers = (seed, self.ctas, launches, self.kind, self.m, self.n, self.k, self.height, self.band, self.counter)
-        return " ".join(map(str, (*numbers, self.groups, self.alignment, len(self.layout), *self.layout)))
+        numbers = (seed, self.ctas, launches, self.kind, self.m, self.n, self.k, self.tile_rows, self.band)
+        more = (self.counter, self.groups, self.alignment, len(self.layout))
+        return " ".join(map(str, (*numbers, *more, *self.layout)))
 
     def ranges(self) -> list[tuple[int, int]]:
         """Rows of every group, or columns along K, where it has one range. Clamped as the docstrings say."""
@@ -122,8 +123,8 @@ def cases(draw: random.Random, tile, count: int) -> Iterator[Case]:
         counter = draw.choice([0, 1, 7]) if kind in (Kind.MASKED, Kind.ENDS) else 0
         ctas = tile.cluster * draw.randint(1, draw.choice([5, 40]))
         n, band = 8 * draw.randint(1, draw.choice([8, 60])), draw.randint(1, draw.choice([2, 16]))
-        height = heuristics.height(tile, Problem(m, n, k)) if kind == Kind.DENSE else tile.block_m
-        yield Case(kind, m, n, k, height, band, groups, alignment, layout, counter, ctas)
+        tile_rows = heuristics.tile_rows(tile, Problem(m, n, k)) if kind == Kind.DENSE else tile.block_m
+        yield Case(kind, m, n, k, tile_rows, band, groups, alignment, layout, counter, ctas)
 
 
 @cache

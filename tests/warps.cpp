@@ -154,7 +154,7 @@ void launch(uint32_t ctas, std::mt19937& random) {
 // A line: seed, CTAs, launches, fields of Problem, how many numbers the layout has, and these.
 int main() {
     uint32_t seed, ctas, launches, size;
-    while (std::cin >> seed >> ctas >> launches >> problem.kind >> problem.m >> problem.n >> problem.k >> problem.height >>
+    while (std::cin >> seed >> ctas >> launches >> problem.kind >> problem.m >> problem.n >> problem.k >> problem.tile_rows >>
            problem.band >> problem.counter >> problem.groups >> problem.alignment >> size) {
         std::vector<int> layout(size);
         for (int& x : layout) std::cin >> x;

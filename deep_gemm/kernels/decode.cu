@@ -54,7 +54,7 @@ struct Work {
         rank = cluster_rank(), split = cluster_size();
         const uint32_t shift = __popc(split - 1), tile = blockIdx.x >> shift, rows = (problem.m + TOKENS - 1) / TOKENS;
         const uint32_t column = rows == 1 ? tile : tile / rows, all = (problem.k + 127) / 128;
-        m = (tile - column * rows) * problem.height, n = column * BLOCK_N, end = min(problem.m, m + problem.height);
+        m = (tile - column * rows) * problem.tile_rows, n = column * BLOCK_N, end = min(problem.m, m + problem.tile_rows);
         first = all * rank >> shift, blocks = (all * (rank + 1) >> shift) - first;
     }
 };

@@ -68,7 +68,7 @@ class Scheduler {
         const uint32_t top = band * problem.band, height = min(problem.band, rows - top);
         const uint32_t column = height == 1 ? in_band : in_band / height, row = top + in_band - column * height;
         const uint32_t rank = CLUSTER > 1 ? cluster_rank() : 0;
-        tile.m = (row * CLUSTER_M + rank / CLUSTER_N) * problem.height, tile.end = min(problem.m, tile.m + problem.height);
+        tile.m = (row * CLUSTER_M + rank / CLUSTER_N) * problem.tile_rows, tile.end = min(problem.m, tile.m + problem.tile_rows);
         tile.n = ((band % 2 ? columns - 1 - column : column) * CLUSTER_N + rank % CLUSTER_N) * BLOCK_N;
         tile.right = problem.n;
     }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import settings
-from ..heuristics import box_rows, height
+from ..heuristics import box_rows, tile_rows
 from ..layout import align, ceil_div, get_mn_major_tma_aligned_tensor
 from ..plan import BLOCK_K, COUNTERS, ENTRY, Plan, Strip, Tile, describing_source, reporting_source
 from ..problem import Kind, Operands
@@ -32,7 +32,7 @@ class _ProblemArgs(ctypes.Structure):
         ("n", ctypes.c_uint32),
         ("k", ctypes.c_uint32),
         ("band", ctypes.c_uint32),
-        ("height", ctypes.c_uint32),
+        ("tile_rows", ctypes.c_uint32),
         ("box_rows", ctypes.c_uint32),
         ("scale_rows", ctypes.c_uint32),
         ("counter", ctypes.c_uint32),
@@ -338,7 +338,7 @@ def _args(cuda: Any, plan: Plan, o: Operands) -> tuple[_Args, list[str]]:
         groups=problem.groups,
         alignment=problem.alignment,
         band=plan.band,
-        height=height(tile, problem),
+        tile_rows=tile_rows(tile, problem),
         box_rows=rows,
         scale_rows=scale_rows,
         stages=plan.stages,
