@@ -35,7 +35,7 @@ from bench.run import as_text, commit, machine, on_hopper, slug, versions
 from bench.table import RESULTS
 from deep_gemm import heuristics, problem
 from deep_gemm.config import Config
-from deep_gemm.plan import Plan, Strip, Tile
+from deep_gemm.plan import Strip, Tile
 from deep_gemm.problem import Kind, Operands, Problem
 from deep_gemm.quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 from deep_gemm.runtime import device
@@ -124,14 +124,8 @@ def keep_busy(graph: torch.cuda.CUDAGraph, seconds: float) -> None:
         torch.cuda.synchronize()
 
 
-def label(plan: Plan) -> str:
-    """A tile's name, or a strip's with how it is launched."""
-    strip = f" K/{plan.split} stages {plan.stages}" if isinstance(plan.tile, Strip) else ""
-    return plan.tile.name + strip
-
-
 def sweep_one(family: str, numbers: list[int], most: int, pdl: bool = False) -> dict[str, float]:
-    """Microseconds of each plan, by label. pdl: launches overlap."""
+    """Microseconds of each plan, by name. pdl: launches overlap."""
     about = problem_of(family, numbers)
     every = heuristics.ranked(about, device.current(), Config(pdl=pdl), every_split=True)
     plans = [plan for kind in (Tile, Strip) for plan in [x for x in every if isinstance(x.tile, kind)][:most]]
@@ -143,7 +137,7 @@ def sweep_one(family: str, numbers: list[int], most: int, pdl: bool = False) -> 
     for plan in plans:
         launches = len(sets) * max(1, round(REPLAY_US / plan.cost.us / len(sets)))
         graph = capture(lambda x, plan=plan: (launch(plan, x), x.d)[1], sets, launches)
-        graphs[label(plan)] = graph, launches
+        graphs[plan.name] = graph, launches
     keep_busy(next(iter(graphs.values()))[0], warm_s)
     taken: dict[str, list[float]] = {name: [] for name in graphs}
     for name in (*graphs, *reversed(graphs)):  # there and back, for the GPU grows warmer, and its clock slower
@@ -161,7 +155,7 @@ def sweep_one(family: str, numbers: list[int], most: int, pdl: bool = False) -> 
 
 def sweep(todo: list[tuple[str, list[int]]], most: int, limit_s: float, pdl: bool = False) -> list[dict[str, Any]]:
     """A row for each problem: its family and shape; us in the order of heuristics.tiles(), None where not timed; us of
-    strips, by label."""
+    strips, by name."""
     tiles = heuristics.tiles()
     compile_many([kernel.source() for kernel in heuristics.kernels()])
     rows: list[dict[str, Any]] = []
@@ -185,7 +179,7 @@ def outcomes(path: Path) -> Iterator[Outcome]:
         us = {name: time for name, time in zip(swept["tiles"].split(" | "), row["us"], strict=True) if time}
         us |= row.get("strips", {})
         plan = heuristics.choose(problem_of(row["family"], row["shape"]), gpu, Config(pdl=swept.get("pdl", False)))
-        name, fastest = label(plan), min(us, key=us.__getitem__)
+        name, fastest = plan.name, min(us, key=us.__getitem__)
         yield Outcome(row["family"], row["shape"], name, us.get(name), plan.cost.us, fastest, us[fastest])
 
 

@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .config import Config
-from .plan import BLOCK_K, Cost, Plan, Strip, make_strip, norm
+from .plan import BLOCK_K, Cost, Plan, Strip, make_strip, norm, variant_name
 from .problem import Kind, Problem
 from .runtime.device import Device
 
 MOST_ROWS = 128
-MOST_COLUMNS = 2304  # of b, if it is read for more than one row of strips
 SPLITS = (1, 2, 4, 8)
 SM_SMEM_BYTES = 233472  # for all CTAs of an SM, with
 RESERVED_SMEM_BYTES = 1024  # of each
+AGAIN = 0.1  # of memory's time, for every further row of strips, since it reads b once more
+TALL = 0.85  # of what the copy engine brings into an SM, for two warpgroups' rows of a
 CLUSTERS_LOSE = 0.13  # of the SMs, if clusters of 8 CTAs are to find room in every GPC; with several CTAs on an SM less
 
 
@@ -56,7 +57,7 @@ def strips() -> tuple[Strip, ...]:
     """Every strip that the planner chooses from. None spills registers."""
     shapes = [(tokens, warpgroups) for tokens in (8, 16, 32) for warpgroups in (1, 2, 3)]
     swapped = (make_strip(True, *shape) for shape in shapes if shape != (32, 3))  # which spills
-    return *swapped, *(make_strip(False, width) for width in (32, 64, 128))
+    return *swapped, make_strip(False, 32), make_strip(False, 64), make_strip(False, 64, warpgroups=2)
 
 
 class Variant(NamedTuple):
@@ -73,7 +74,7 @@ def variants() -> tuple[Variant, ...]:
     found: list[Variant] = []
     for strip in strips():
         for split in SPLITS:
-            if 4 * strip.warpgroups % split:
+            if 4 * strip.warpgroups % split or (strip.block_m > 64 and split > 2):  # whose sums would take too long
                 continue
             for residents in range(1, strip.ctas_per_sm + 1):
                 room = min(SM_SMEM_BYTES // residents - RESERVED_SMEM_BYTES, strip.smem_bytes)
@@ -122,8 +123,7 @@ class Costs:
 
         # Half a strip of nobody's rows is never best; nor are few rows on wgmma's m side.
         few = (problem.m <= t.block_m) & ((problem.m > t.block_m // 2) | (t.block_m == 8))
-        once = (problem.m <= t.block_m) | (problem.n <= MOST_COLUMNS)
-        fits = np.where(t.swapped, few, once & (problem.m > 16)) & (t.split <= problem.k_blocks)
+        fits = np.where(t.swapped, few, problem.m > np.where(t.block_m == 64, 16, 64)) & (t.split <= problem.k_blocks)
         fits &= (t.block_m % config.block_m == 0) & (t.block_n % config.block_n == 0)
         self.legal = fits & ((t.split == 1) | (not config.batch_invariant)) & (t.split <= device.num_sms)
 
@@ -135,7 +135,7 @@ class Costs:
         swapped = rates.swapped * t.swapped * t.block_m / 32
         terms = (
             self.memory_us * 1e3 / rates.memory * (1 + rates.uneven * self._uneven),
-            busiest * self.blocks * size / rates.sm,
+            busiest * self.blocks * size / (rates.sm * np.where(t.block_m > 64, TALL, 1)),
             self.ctas * self.blocks * size / rates.l2,
             work * (rates.block + rates.area * t.area / 4096 / np.minimum(t.warpgroups, 2) + swapped),
             self.waves * np.ceil(self.blocks / self.stages) * rates.latency,
@@ -145,10 +145,14 @@ class Costs:
         sums = np.where(t.split > 1, rates.split + t.area * 4 * (t.split - 1) / t.split / rates.send, 0)
         unready = rates.unready * (1 - np.minimum(1, self.stages / self.blocks / self.waves))
         start = rates.start - rates.idle * np.maximum(0, 1 - self.ctas / self._sms) + rates.cta * busiest
-        return (start + unready + loop + sums + t.area * 2 / rates.store) / 1e3
+        again = AGAIN * self.memory_us * 1e3 * (-(-self._problem.m // t.block_m) - 1)
+        return (start + unready + loop + again + sums + t.area * 2 / rates.store) / 1e3
 
     def us(self, pdl: bool) -> Any:
         return self._us[int(pdl)]
+
+    def names(self) -> list[str]:
+        return [variant_name(v.strip, v.split, int(s)) for v, s in zip(self.table.variants, self.stages, strict=True)]
 
     def plan(self, i: int) -> Plan:
         """The plan of variant number i."""

@@ -143,17 +143,15 @@ class Strip:
     Attributes:
         swapped: b has the m side of wgmma, a the n side; else the other way round.
         width: rows of what has the n side. What has the m side has 64 for each warpgroup.
-        chunk_n, banks, unroll: as of a Tile.
         ctas_per_sm: for so many CTAs on an SM there are registers.
+        unroll: K blocks of one turn of the main loop. One is promoted while the next is in the tensor cores.
     """
 
     swapped: bool
     width: int
     warpgroups: int
-    chunk_n: int
-    banks: int
-    unroll: int
     ctas_per_sm: int
+    unroll: int = 4
 
     @property
     def block_m(self) -> int:
@@ -193,7 +191,7 @@ class Strip:
     def render(self, wait_limit: int = 0) -> str:
         """The text of config.cuh."""
         constants = {f.name: getattr(self, f.name) for f in fields(self)} | {"wait_limit": wait_limit}
-        return _config(constants, self.chunk_n)
+        return _config(constants, self.width)
 
     def source(self, wait_limit: int = 0) -> Source:
         """The kernel for this strip, ready to be compiled."""
@@ -265,6 +263,11 @@ class Cost:
         )
 
 
+def variant_name(strip: Strip, split: int, stages: int) -> str:
+    """A strip's name, and how it is launched."""
+    return f"{strip.name} K/{split} stages {stages}"
+
+
 def norm(p: float, *terms: Any) -> Any:
     """The p-norm of times that go by side by side: the larger p, the more the longest alone decides."""
     return sum(term**p for term in terms) ** (1 / p)
@@ -294,6 +297,11 @@ class Plan:
     split: int = 1
 
     @property
+    def name(self) -> str:
+        """What tells it from the problem's other plans."""
+        return variant_name(self.tile, self.split, self.stages) if isinstance(self.tile, Strip) else self.tile.name
+
+    @property
     def cluster(self) -> int:
         """CTAs of a cluster."""
         return self.tile.cluster if isinstance(self.tile, Tile) else self.split
@@ -310,9 +318,12 @@ class Plan:
 
     def __str__(self) -> str:
         t = self.tile
+        chunk_n, banks, walk = (
+            (t.chunk_n, t.banks, f"bands of {self.band}") if isinstance(t, Tile) else (t.width, 2, f"K in {self.split}")
+        )
         return (
-            f"{t.name}, wgmma n{t.chunk_n} x {t.banks} banks, {self.stages} stages, {self.smem_bytes / 1024:.0f} KB, "
-            f"{self.ctas} CTAs, " + (f"bands of {self.band}" if isinstance(t, Tile) else f"K in {self.split}")
+            f"{t.name}, wgmma n{chunk_n} x {banks} banks, {self.stages} stages, {self.smem_bytes / 1024:.0f} KB, "
+            f"{self.ctas} CTAs, {walk}"
         )
 
 
@@ -347,19 +358,14 @@ def make_tile(block_m: int, block_n: int, cluster_m: int = 1, cluster_n: int = 1
 
 
 def make_strip(swapped: bool, width: int, warpgroups: int = 1) -> Strip:
-    """The strip of that shape, with what follows from it.
-
-    Promotion hides behind the next chunk's wgmma; where a warpgroup's sums leave no registers for a second bank, behind
-    the other CTA of the SM.
-    """
-    chunk_n, banks = (width, 2) if width <= 64 else (width, 1)
+    """The strip of that shape, for as many CTAs on an SM as find registers there."""
     if width <= 16:
         ctas = {1: 4, 2: 3, 3: 2}[warpgroups]
     elif width == 32:
         ctas = 2 if warpgroups == 2 else 4 if swapped else 3
     else:
-        ctas = 2
-    return Strip(swapped, width, warpgroups, chunk_n, banks, 4, ctas)
+        ctas = {1: 2, 2: 1}[warpgroups]
+    return Strip(swapped, width, warpgroups, ctas)
 
 
 def describing_source() -> Source:

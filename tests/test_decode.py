@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_plan import MAX_MOVES, moves_to_uniform_registers
 
-from deep_gemm import decode, heuristics, reference
+from deep_gemm import decode, heuristics, measured, reference
 from deep_gemm.config import Config
 from deep_gemm.errors import InvalidInputError
 from deep_gemm.plan import Strip
@@ -17,7 +17,7 @@ from deep_gemm.problem import Kind, Problem
 from deep_gemm.quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 from deep_gemm.runtime import sass
 from deep_gemm.runtime.compiler import compile_many
-from deep_gemm.runtime.device import H200
+from deep_gemm.runtime.device import H200, Device
 
 
 @pytest.mark.parametrize("wait_limit", [0, 2], ids=["release", "debug"])
@@ -27,8 +27,8 @@ def test_every_strip_compiles_clean(wait_limit: int):
     for strip, cubin in zip(strips, compile_many([strip.source(wait_limit) for strip in strips]), strict=True):
         assert cubin.performance_warnings == [], strip
         info = sass.read(cubin.image)
-        chunks = (strip.unroll + 1) * strip.width // strip.chunk_n
-        assert (info.qgmma, info.ffma) == (4 * chunks, chunks * strip.chunk_n // 2), strip
+        blocks = strip.unroll + 1
+        assert (info.qgmma, info.ffma) == (4 * blocks, blocks * strip.width // 2), strip
         assert info.local_bytes == info.local_loads == info.local_stores == 0, strip
         assert info.registers * strip.threads * strip.ctas_per_sm <= 65536, strip
         assert moves_to_uniform_registers(cubin.image) <= MAX_MOVES, strip
@@ -80,6 +80,44 @@ def test_overlap_does_not_change_bits():
     assert splits >= {1, 2, 4}
 
 
+def test_plans_that_were_measured_are_chosen():
+    """For every M of their lines, alone and overlapping, on the GPUs that have as many SMs as those measured."""
+    for (n, k), lines in measured.PLANS.items():
+        assert all(a[1] < b[0] for a, b in pairwise(lines))
+        for first, last, *names in lines:
+            assert 1 <= first <= last <= decode.MOST_ROWS
+            for m in range(first, last + 1):
+                plans = [heuristics.choose(Problem(m, n, k), H200, Config(pdl=pdl)) for pdl in (False, True)]
+                assert all(name in (plan.name, None) for plan, name in zip(plans, names, strict=True)), (m, n, k)
+                assert plans[0].split == plans[1].split
+
+
+@pytest.mark.parametrize(
+    ("problem", "device", "settings"),
+    [
+        (Problem(16, 7168, 2048), replace(H200, num_sms=114), Config()),
+        (Problem(16, 7168, 2048), H200, Config(num_sms=131)),
+        (Problem(16, 7168, 2048), H200, Config(tc_util=50)),
+        (Problem(16, 7168, 2048, column_scales=True), H200, Config()),
+        (Problem(16, 7168, 2048, Kind.MASKED, groups=4, expected_m=8), H200, Config()),
+        (Problem(129, 7168, 2048), H200, Config()),
+        (Problem(16, 7168, 2176), H200, Config()),
+    ],
+    ids=["GPU", "SMs", "power", "column scales", "groups", "rows", "layer"],
+)
+def test_what_was_not_measured_is_left_to_the_model(problem: Problem, device: Device, settings: Config):
+    assert measured.fastest(problem, device, settings) == (None, None)
+
+
+def test_what_was_measured_may_not_be_what_is_asked_for():
+    """A plan that settings rule out is not chosen, though it was the fastest."""
+    problem = Problem(16, 7168, 2048)
+    alone, _ = measured.fastest(problem, H200, Config())
+    assert heuristics.choose(problem, H200).name == alone and "K/2" in str(alone)
+    assert heuristics.choose(problem, H200, Config(batch_invariant=True)).split == 1
+    assert heuristics.choose(problem, H200, Config(block_n=128)).tile.block_n == 128
+
+
 def test_invariant_batches_never_split():
     assert all(heuristics.choose(x, H200, Config(batch_invariant=True)).split == 1 for x in few(100))
     assert any(heuristics.choose(x, H200).split > 1 for x in few(100))
@@ -103,7 +141,7 @@ def test_what_only_tiles_can_do(problem: Problem, settings: Config):
 
 def test_block_sizes_hold_for_strips():
     plans = heuristics.ranked(Problem(64, 2112, 7168), H200, Config(block_m=64, block_n=64), every_split=True)
-    assert {plan.tile.name for plan in plans if isinstance(plan.tile, Strip)} == {"64x64 strip", "64x128 strip"}
+    assert {plan.tile.name for plan in plans if isinstance(plan.tile, Strip)} == {"64x64 strip"}
 
 
 def test_all_sms_by_their_number_are_all():

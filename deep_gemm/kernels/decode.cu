@@ -20,13 +20,12 @@ constexpr int BLOCK_N = SWAPPED ? HEIGHT : WIDTH;   // rows of b
 constexpr int CONSUMERS = 128 * WARPGROUPS;
 constexpr int THREADS = CONSUMERS + 64;             // one warp sends for b, another for a
 enum { READY, B_READY, A_READY, READ };             // barriers of the CTA: what may be waited for, loaded into, written over
-constexpr int CHUNKS = WIDTH / CHUNK_N;             // of one wgmma's width
 constexpr int PIECES = WIDTH / 8;                   // of 8 columns of wgmma: two rows by two columns for each thread
 constexpr uint32_t AHEAD = 4;                       // stages that are filled while the other warps get ready
 constexpr int WARPS = CONSUMERS / 32;
 constexpr int SUM = PIECES * 512;                   // bytes of a warp's sums
 constexpr int ROW = WIDTH * 2 + 16;                 // bytes of a row of the tile in shared memory: padded against bank conflicts
-constexpr int A_SCALES = SWAPPED ? CHUNK_N / 4 : 2; // that a thread needs for a chunk
+constexpr int A_SCALES = SWAPPED ? WIDTH / 4 : 2;   // that a thread needs of a K block
 constexpr int SCALES = TOKENS < 32 ? 32 : TOKENS;   // of one stage, which starts at a multiple of 128 bytes
 static_assert(SWAPPED || HEIGHT * ROW <= (TOKENS + BLOCK_N) * BLOCK_K, "a tile's rows take more than one stage's operands");
 
@@ -115,15 +114,15 @@ class Consumer {
     uint32_t warp = warp_index(), lane = threadIdx.x % 32, row = warp * 16 + lane / 4;  // of wgmma, and 8 more
     Pipeline pipe;
     float result[WIDTH / 2] = {};                   // rows lane / 4 and 8 more of the warp's 16, by columns
-    float partial[BANKS][CHUNK_N / 2] = {};         // what the tensor cores add up
+    float partial[2][WIDTH / 2] = {};               // what the tensor cores add up: of one K block, and of the next
 
     DEVICE float load_b_scale(uint32_t block) const { return block < work.blocks ? b_scales[block * b_scale_stride] : 0; }
 
-    // Queues the four wgmma of one chunk.
-    DEVICE void multiply(float (&bank)[CHUNK_N / 2], uint32_t stage, int chunk) {
+    // Queues the four wgmma of one K block.
+    DEVICE void multiply(float (&bank)[WIDTH / 2], uint32_t stage) {
         constexpr uint32_t UNITS = BLOCK_K / 16;    // of a row
         const uint64_t left = matrix_descriptor((SWAPPED ? smem.b(stage) : smem.a(stage)) / 16 + warp / 4 * 64 * UNITS);
-        const uint64_t right = matrix_descriptor((SWAPPED ? smem.a(stage) : smem.b(stage)) / 16 + chunk * CHUNK_N * UNITS);
+        const uint64_t right = matrix_descriptor((SWAPPED ? smem.a(stage) : smem.b(stage)) / 16);
         pin(bank);
         wgmma_fence();
 #pragma unroll
@@ -131,12 +130,12 @@ class Consumer {
         wgmma_commit();
     }
 
-    // The scales of a: of the thread's columns in a chunk, or of its two rows.
-    DEVICE void load_a_scales(float (&a)[A_SCALES], uint32_t stage, int chunk) const {
+    // The scales of a: of the thread's columns, or of its two rows.
+    DEVICE void load_a_scales(float (&a)[A_SCALES], uint32_t stage) const {
         if constexpr (SWAPPED) {
 #pragma unroll
             for (int j = 0; j < A_SCALES; j += 2) {
-                const float2 two = load_shared_float2(smem.a_scales(stage) + (chunk * CHUNK_N + j * 4 + lane % 4 * 2) * 4);
+                const float2 two = load_shared_float2(smem.a_scales(stage) + (j * 4 + lane % 4 * 2) * 4);
                 a[j] = two.x, a[j + 1] = two.y;
             }
         } else {
@@ -147,40 +146,35 @@ class Consumer {
     // Tells the loading warps that a stage has been read, once its last scale has.
     DEVICE void release(uint32_t stage, float last) const { barrier_arrive(smem.empty(stage) + zero_after(last, nothing)); }
 
-    // Multiplies and promotes BLOCKS K blocks, of which `block` is the first. A chunk is promoted while the next is multiplied.
+    // Multiplies and promotes BLOCKS K blocks, of which `block` is the first. One is promoted while the next is multiplied.
     template <int BLOCKS> DEVICE void accumulate(uint32_t block) {
-        constexpr int STEPS = BLOCKS * CHUNKS;
         uint32_t stages[BLOCKS];
-        float a_scales[BANKS][A_SCALES];
+        float a_scales[2][A_SCALES];
 #pragma unroll
-        for (int i = 0; i < STEPS + BANKS - 1; ++i) {
-            if (i < STEPS) {
-                if (i % CHUNKS == 0) {
-                    stages[i / CHUNKS] = pipe.stage;
-                    wait(smem.full_b(pipe.stage), pipe.phase);
-                    wait(smem.full_a(pipe.stage), pipe.phase);
-                    pipe.advance(smem.stages);
-                }
-                multiply(partial[i % BANKS], stages[i / CHUNKS], i % CHUNKS);
-                load_a_scales(a_scales[i % BANKS], stages[i / CHUNKS], i % CHUNKS);
+        for (int i = 0; i <= BLOCKS; ++i) {
+            if (i < BLOCKS) {
+                stages[i] = pipe.stage;
+                wait(smem.full_b(pipe.stage), pipe.phase);
+                wait(smem.full_a(pipe.stage), pipe.phase);
+                pipe.advance(smem.stages);
+                multiply(partial[i % 2], stages[i]);
+                load_a_scales(a_scales[i % 2], stages[i]);
             }
-            const int done = i - (BANKS - 1), chunk = done % CHUNKS;
-            if (done < 0) continue;
-            const float b = __shfl_sync(~0u, b_scale, (block + done / CHUNKS) % 32);
-            const float (&a)[A_SCALES] = a_scales[done % BANKS];
-            float (&bank)[CHUNK_N / 2] = partial[done % BANKS];
-            if (BANKS == 2 && i < STEPS) wgmma_wait<1>();
+            if (i == 0) continue;
+            const int done = i - 1;
+            const float b = __shfl_sync(~0u, b_scale, (block + done) % 32);
+            const float (&a)[A_SCALES] = a_scales[done % 2];
+            float (&bank)[WIDTH / 2] = partial[done % 2];
+            if (i < BLOCKS) wgmma_wait<1>();
             else wgmma_wait<0>();
             pin(bank);
-            if (chunk == CHUNKS - 1 && reused) release(stages[done / CHUNKS], a[A_SCALES - 1]);
+            if (reused) release(stages[done], a[A_SCALES - 1]);
             float s[A_SCALES];
 #pragma unroll
             for (int j = 0; j < A_SCALES; ++j) s[j] = __fmul_rn(a[j], b);
 #pragma unroll
-            for (int j = 0; j < CHUNK_N / 2; ++j) {
-                float& r = result[chunk * CHUNK_N / 2 + j];
-                r = __fmaf_rn(s[SWAPPED ? j / 4 * 2 + j % 2 : j / 2 % 2], bank[j], r);
-            }
+            for (int j = 0; j < WIDTH / 2; ++j)
+                result[j] = __fmaf_rn(s[SWAPPED ? j / 4 * 2 + j % 2 : j / 2 % 2], bank[j], result[j]);
         }
     }
 

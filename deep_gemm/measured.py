@@ -1,0 +1,51 @@
+"""Few rows of DeepSeek-V3's layers: plans that were measured to be faster than what the cost model prefers. Pure.
+
+The model foretells most times within a few percent, and among plans that are that close may pick one 2 to 14 % slower
+than the best. For these layers it is told. What is fastest alone comes from sweeps on an H200 and an H100, which agree;
+overlapping, from four H100s (docs/facts.md, planner). Both of a line split K alike, so that `set_pdl` changes no bits.
+"""
+
+from __future__ import annotations
+
+from .config import Config
+from .problem import Kind, Problem
+from .runtime.device import Device
+
+NUM_SMS = 132  # of the GPUs that were measured
+
+# By N, K: first and last M, what is fastest alone, and overlapping; none where the cost model is right.
+PLANS: dict[tuple[int, int], tuple[tuple[int, int, str | None, str | None], ...]] = {
+    (2112, 7168): (
+        (1, 8, None, "8x64 swapped K/4 stages 8"),
+        (33, 64, "64x32 strip K/2 stages 18", "64x64 strip K/2 stages 13"),
+        (65, 128, "64x64 strip K/2 stages 13", None),
+    ),
+    (24576, 1536): (
+        (1, 8, "8x64 swapped K/1 stages 8", None),
+        (9, 16, "16x64 swapped K/1 stages 5", None),
+    ),
+    (32768, 512): (
+        (1, 16, None, "64x160"),
+        (17, 64, "128x128", "64x160"),
+        (65, 128, "128x128", "128x96"),
+    ),
+    (7168, 16384): ((65, 128, None, "128x64 strip K/1 stages 9"),),
+    (4096, 7168): ((65, 128, None, "64x64 strip K/1 stages 13"),),
+    (7168, 2048): (
+        (1, 8, None, "8x64 swapped K/1 stages 8"),
+        (9, 16, "16x64 swapped K/2 stages 5", "16x64 swapped K/2 stages 8"),
+        (17, 32, None, "32x64 swapped K/1 stages 9"),
+        (33, 64, "64x64 strip K/1 stages 13", None),
+        (65, 128, None, "128x64 strip K/1 stages 9"),
+    ),
+}
+
+
+def fastest(problem: Problem, device: Device, config: Config) -> tuple[str | None, str | None]:
+    """The names (`Plan.name`) of the plans that were fastest, alone and overlapping, where that is known better."""
+    whole = device.num_sms == NUM_SMS == (config.num_sms or NUM_SMS) and config.tc_util == 100
+    if problem.kind == Kind.DENSE and not problem.column_scales and whole:
+        for first, last, alone, overlapping in PLANS.get((problem.n, problem.k), ()):
+            if first <= problem.m <= last:
+                return alone, overlapping
+    return None, None
