@@ -16,7 +16,7 @@ NUM_SMS = 132  # of the GPUs that were measured
 # By N, K: first and last M, what is fastest alone, and overlapping; none where the cost model is right.
 PLANS: dict[tuple[int, int], tuple[tuple[int, int, str | None, str | None], ...]] = {
     (2112, 7168): (
-        (1, 8, None, "8x64 swapped K/4 stages 8"),
+        (1, 8, None, "8x64 swapped K/4 stages 12"),
         (33, 64, "64x32 strip K/2 stages 18", "64x64 strip K/2 stages 13"),
         (65, 128, "64x64 strip K/2 stages 13", None),
     ),
@@ -32,7 +32,7 @@ PLANS: dict[tuple[int, int], tuple[tuple[int, int, str | None, str | None], ...]
     (7168, 16384): ((65, 128, None, "128x64 strip K/1 stages 9"),),
     (4096, 7168): ((65, 128, None, "64x64 strip K/1 stages 13"),),
     (7168, 2048): (
-        (1, 8, None, "8x64 swapped K/1 stages 8"),
+        (1, 8, None, "8x64 swapped K/1 stages 12"),
         (9, 16, "16x64 swapped K/2 stages 5", "16x64 swapped K/2 stages 8"),
         (17, 32, None, "32x64 swapped K/1 stages 9"),
         (33, 64, "64x64 strip K/1 stages 13", None),
