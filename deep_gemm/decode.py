@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .config import Config
-from .plan import BLOCK_K, Cost, Plan, Strip, make_strip, norm, variant_name
+from .plan import BLOCK_K, Cost, Plan, Strip, make_strip, norm
 from .problem import Kind, Problem
 from .runtime.device import Device
 
@@ -92,6 +92,9 @@ class _Table:
             return np.array([number(variant) for variant in variants])
 
         self.variants = variants
+        self.numbers: dict[str, list[int]] = {}  # by strip and split
+        for i, v in enumerate(variants):
+            self.numbers.setdefault(f"{v.strip.name} K/{v.split}", []).append(i)
         self.block_m, self.block_n = column(lambda v: v.strip.block_m), column(lambda v: v.strip.block_n)
         self.swapped = column(lambda v: v.strip.swapped)
         self.split, self.room = column(lambda v: v.split), column(lambda v: v.residents)
@@ -151,8 +154,11 @@ class Costs:
     def us(self, pdl: bool) -> Any:
         return self._us[int(pdl)]
 
-    def names(self) -> list[str]:
-        return [variant_name(v.strip, v.split, int(s)) for v, s in zip(self.table.variants, self.stages, strict=True)]
+    def find(self, name: str) -> int | None:
+        """The number of the plan of that name (`Plan.name`): of several, the one with most CTAs on an SM."""
+        strip_and_split, _, stages = name.partition(" stages ")
+        numbers = self.table.numbers.get(strip_and_split, ())
+        return max((i for i in numbers if self.stages[i] == int(stages)), default=None)
 
     def plan(self, i: int) -> Plan:
         """The plan of variant number i."""

@@ -78,6 +78,7 @@ class _Table:
             return np.array([number(tile) for tile in tiles])
 
         self.tiles = tiles
+        self.numbers = {tile.name: i for i, tile in enumerate(tiles)}
         self.block_m, self.block_n = column(lambda t: t.block_m), column(lambda t: t.block_n)
         self.cluster_m, self.cluster_n = column(lambda t: t.cluster_m), column(lambda t: t.cluster_n)
         self.cluster, self.smem_bytes = column(lambda t: t.cluster), column(lambda t: t.smem_bytes)
@@ -110,7 +111,7 @@ class _Costs:
     """What a problem costs on each tile of a table, and how it would be launched: a column for each figure."""
 
     def __init__(self, table: _Table, problem: Problem, device: Device, config: Config) -> None:
-        self._problem, self._config, self._table, self.tiles = problem, config, table, table.tiles
+        self._problem, self._config, self._table = problem, config, table
         self.rows, groups, used, alike = _rows(table, problem)
         one_a = problem.kind == Kind.CONTIGUOUS  # of all groups
         self.rows_of_group = np.maximum(1, self.rows / problem.groups) if one_a else self.rows
@@ -223,7 +224,7 @@ class _Options:
     """Tiles, and then strips, with what they cost (infinite where they are not legal)."""
 
     def __init__(self, problem: Problem, device: Device, config: Config) -> None:
-        table = _table(problem.column_scales)
+        self._table = table = _table(problem.column_scales)
         self._pdl = config.pdl
         self._tiles = _Costs(table, problem, device, config)
         legal = _legal(table, problem, device, config)
@@ -244,9 +245,11 @@ class _Options:
         self.any = bool(np.isfinite(self._us[0]).any())
 
     def _find(self, name: str) -> int | None:
-        """The number of the plan of that name: of several, whose CTAs leave each other more room or less, the last."""
-        names = [*(tile.name for tile in self._tiles.tiles), *(self._strips.names() if self._strips else ())]
-        return max((i for i, known in enumerate(names) if known == name), default=None)
+        """The number of the plan of that name, if there is one."""
+        if name in self._table.numbers:
+            return self._table.numbers[name]
+        strip = self._strips.find(name) if self._strips else None
+        return None if strip is None else len(self._table.tiles) + strip
 
     def cheapest(self, pdl: bool, split: int) -> int:
         return int(np.where(self._split == split, self._us[pdl], np.inf).argmin())

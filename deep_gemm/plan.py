@@ -263,11 +263,6 @@ class Cost:
         )
 
 
-def variant_name(strip: Strip, split: int, stages: int) -> str:
-    """A strip's name, and how it is launched."""
-    return f"{strip.name} K/{split} stages {stages}"
-
-
 def norm(p: float, *terms: Any) -> Any:
     """The p-norm of times that go by side by side: the larger p, the more the longest alone decides."""
     return sum(term**p for term in terms) ** (1 / p)
@@ -298,8 +293,8 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """What tells it from the problem's other plans."""
-        return variant_name(self.tile, self.split, self.stages) if isinstance(self.tile, Strip) else self.tile.name
+        """What tells it from the problem's other plans: the tile's name; of a strip how it is launched, too."""
+        return self.tile.name + (f" K/{self.split} stages {self.stages}" if isinstance(self.tile, Strip) else "")
 
     @property
     def cluster(self) -> int:
