@@ -74,7 +74,7 @@ def variants() -> tuple[Variant, ...]:
     found: list[Variant] = []
     for strip in strips():
         for split in SPLITS:
-            if 4 * strip.warpgroups % split or (strip.block_m > 64 and split > 2):  # whose sums would take too long
+            if 4 * strip.warpgroups % split or (strip.block_m > 64 and split > 1):  # whose sums would take too long
                 continue
             for residents in range(1, strip.ctas_per_sm + 1):
                 room = min(SM_SMEM_BYTES // residents - RESERVED_SMEM_BYTES, strip.smem_bytes)

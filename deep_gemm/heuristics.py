@@ -241,7 +241,7 @@ class _Options:
         for us, name in zip(self._us, measured.fastest(problem, device, config), strict=True):
             i = self._find(name) if name else None
             if i is not None and np.isfinite(us[i]):
-                us[i] = 0.99 * us.min()
+                us[i] = 0.99 * us.min()  # whatever the model foretells, which `plan` still reports
         self.any = bool(np.isfinite(self._us[0]).any())
 
     def _find(self, name: str) -> int | None:
