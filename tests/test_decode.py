@@ -95,23 +95,24 @@ def test_plans_that_were_measured_are_chosen():
 @pytest.mark.parametrize(
     ("problem", "device", "settings"),
     [
-        (Problem(16, 7168, 2048), replace(H200, num_sms=114), Config()),
-        (Problem(16, 7168, 2048), H200, Config(num_sms=131)),
-        (Problem(16, 7168, 2048), H200, Config(tc_util=50)),
-        (Problem(16, 7168, 2048, column_scales=True), H200, Config()),
-        (Problem(16, 7168, 2048, Kind.MASKED, groups=4, expected_m=8), H200, Config()),
-        (Problem(129, 7168, 2048), H200, Config()),
-        (Problem(16, 7168, 2176), H200, Config()),
+        (Problem(16, 24576, 1536), replace(H200, num_sms=114), Config()),
+        (Problem(16, 24576, 1536), H200, Config(num_sms=131)),
+        (Problem(16, 24576, 1536), H200, Config(tc_util=50)),
+        (Problem(16, 24576, 1536, column_scales=True), H200, Config()),
+        (Problem(16, 24576, 1536, Kind.MASKED, groups=4, expected_m=8), H200, Config()),
+        (Problem(129, 32768, 512), H200, Config()),
+        (Problem(16, 24576, 1664), H200, Config()),
     ],
     ids=["GPU", "SMs", "power", "column scales", "groups", "rows", "layer"],
 )
 def test_what_was_not_measured_is_left_to_the_model(problem: Problem, device: Device, settings: Config):
+    assert measured.fastest(Problem(16, 24576, 1536), H200, Config()) != (None, None)
     assert measured.fastest(problem, device, settings) == (None, None)
 
 
 def test_what_was_measured_may_not_be_what_is_asked_for():
     """A plan that settings rule out is not chosen, though it was the fastest."""
-    problem = Problem(16, 7168, 2048)
+    problem = Problem(64, 2112, 7168)
     alone, _ = measured.fastest(problem, H200, Config())
     assert heuristics.choose(problem, H200).name == alone and "K/2" in str(alone)
     assert heuristics.choose(problem, H200, Config(batch_invariant=True)).split == 1
