@@ -20,8 +20,8 @@ MOST_ROWS = 128
 SPLITS = (1, 2, 4, 8)
 SM_SMEM_BYTES = 233472  # for all CTAs of an SM, with
 RESERVED_SMEM_BYTES = 1024  # of each
-AGAIN = 0.1  # of memory's time, for every further row of strips, since it reads b once more
-TALL = 0.85  # of what the copy engine brings into an SM, for two warpgroups' rows of a
+AGAIN = 0.047  # of memory's time, for every further row of strips, since it reads b once more
+TALL = 1.73  # times what the copy engine brings into an SM, for two warpgroups' rows of a
 CLUSTERS_LOSE = 0.13  # of the SMs, if clusters of 8 CTAs are to find room in every GPC; with several CTAs on an SM less
 
 
@@ -47,8 +47,8 @@ class Rates(NamedTuple):
     uneven: float  # more of memory's time, if the last turn of CTAs leaves room for as many as there are (a number)
 
 
-ALONE = Rates(1994, 305, 392, 103, 12.6, 13.8, 1.023, 146, 17_290, 909, 89.4, 7.6, 35.4, 113, 3.76, 0.167, 0.137)
-OVERLAPPING = Rates(1087, 675, 107, 185, 14.1, 20.9, 1.079, 178, 28_370, 597, 85.9, 19.3, 30.2, 1192, 2.05, 0, 0.155)
+ALONE = Rates(1644, 150, 318, 131, 10.9, 13.8, 1.023, 102, 24_000, 1174, 100, 9.6, 17.6, 79.6, 5.13, 0.157, 0.161)
+OVERLAPPING = Rates(186, 1111, 370, 72.5, 13.7, 20.9, 1.079, 144, 137_000, 1073, 12.5, 12, 29.4, 542, 1.76, 0, 0.084)
 _BOTH: Any = Rates(*np.array([ALONE, OVERLAPPING]).T[:, :, None])  # each figure a column of two
 
 
@@ -57,7 +57,7 @@ def strips() -> tuple[Strip, ...]:
     """Every strip that the planner chooses from. None spills registers."""
     shapes = [(tokens, warpgroups) for tokens in (8, 16, 32) for warpgroups in (1, 2, 3)]
     swapped = (make_strip(True, *shape) for shape in shapes if shape != (32, 3))  # which spills
-    return *swapped, make_strip(False, 32), make_strip(False, 64), make_strip(False, 64, warpgroups=2)
+    return *swapped, *(make_strip(False, width) for width in (32, 64, 128)), make_strip(False, 64, warpgroups=2)
 
 
 class Variant(NamedTuple):
@@ -99,6 +99,7 @@ class _Table:
         self.swapped = column(lambda v: v.strip.swapped)
         self.split, self.room = column(lambda v: v.split), column(lambda v: v.residents)
         self.stages, self.warpgroups = column(lambda v: v.stages), column(lambda v: v.strip.warpgroups)
+        self.reused = column(lambda v: v.stages // v.strip.unroll * v.strip.unroll)  # stages, of more K blocks
         self.area = self.block_m * self.block_n
         self.stage_bytes = column(lambda v: v.strip.smem_bytes_of(v.stages, v.split) / v.stages)
 
@@ -116,7 +117,7 @@ class Costs:
         t = self.table
         self.ctas = -(-problem.m // t.block_m) * -(-problem.n // t.block_n) * t.split
         self.blocks = -(-problem.k_blocks // t.split)
-        self.stages = np.minimum(t.stages, self.blocks)
+        self.stages = np.where(self.blocks <= t.stages, self.blocks, t.reused)
         self._sms = device.num_sms
         room = self._sms * t.room * np.where(t.split > 2, 1 - CLUSTERS_LOSE * t.split / 8 / t.room, 1)
         self.waves = np.maximum(1, np.ceil(self.ctas / room))
@@ -127,7 +128,7 @@ class Costs:
         # Half a strip of nobody's rows is never best; nor are few rows on wgmma's m side.
         few = (problem.m <= t.block_m) & ((problem.m > t.block_m // 2) | (t.block_m == 8))
         fits = np.where(t.swapped, few, problem.m > np.where(t.block_m == 64, 16, 64)) & (t.split <= problem.k_blocks)
-        fits &= (t.block_m % config.block_m == 0) & (t.block_n % config.block_n == 0)
+        fits &= (self.stages > 0) & (t.block_m % config.block_m == 0) & (t.block_n % config.block_n == 0)
         self.legal = fits & ((t.split == 1) | (not config.batch_invariant)) & (t.split <= device.num_sms)
 
     def _total(self, rates: Any) -> Any:
@@ -141,7 +142,7 @@ class Costs:
             busiest * self.blocks * size / (rates.sm * np.where(t.block_m > 64, TALL, 1)),
             self.ctas * self.blocks * size / rates.l2,
             work * (rates.block + rates.area * t.area / 4096 / np.minimum(t.warpgroups, 2) + swapped),
-            self.waves * np.ceil(self.blocks / self.stages) * rates.latency,
+            self.waves * np.ceil(self.blocks / np.maximum(1, self.stages)) * rates.latency,
         )
         loop = norm(rates.sharpness, *terms)
         loop *= 1 + rates.crowd * self.stages * t.stage_bytes / SM_SMEM_BYTES

@@ -23,8 +23,8 @@ from .runtime.device import Device
 START_US = 3.03  # from one launch to the next
 CLUSTER_START_US = 1.19  # more, if CTAs have to start in pairs
 SOONER_US = 0.5  # less, where the first tile is fetched while the CTA gets ready
-OVERLAP_US = 0.9  # less, where that happens while the kernel before still runs, and
-READY_US = 1.0  # less, if all of the tile is fetched so
+OVERLAP_US = 0.77  # less, where that happens while the kernel before still runs, and
+READY_US = 1.57  # less, if all of the tile is fetched so
 AHEAD = 6  # K blocks that are (kernels/storage.cuh)
 TENSOR_GHZ = 1.795  # the tensor cores' clock where nothing else limits them
 CLUSTER_DRAG = 1.03  # more time where every stage waits for both CTAs of a cluster

@@ -1,9 +1,8 @@
 """Few rows of DeepSeek-V3's layers: plans that were measured to be faster than what the cost model prefers. Pure.
 
 The model foretells most times within a few percent, and among plans that are that close may pick one 2 to 20 % slower
-than the best. For these layers it is told: alone, what holds against the sweeps of an H200 and of an H100, as a test
-sees to; overlapping, what was fastest on four H100s, and was timed on no H200 (docs/facts.md, planner). Both of a line
-split K alike, so that `set_pdl` changes no bits.
+than the best. For these layers it is told what was fastest on H100s, alone and overlapping; an H200 has timed none of
+it since the kernel changed (docs/facts.md, planner). Both of a line split K alike, so that `set_pdl` changes no bits.
 
 A line is changed with a sweep at hand: `python -m bench.sweep --few-rows`, with `--pdl` for the last column.
 """
@@ -19,26 +18,37 @@ NUM_SMS = 132  # of the GPUs that were measured
 # By N, K: first and last M, what is fastest alone, and overlapping; none where the cost model is right.
 PLANS: dict[tuple[int, int], tuple[tuple[int, int, str | None, str | None], ...]] = {
     (2112, 7168): (
-        (1, 8, None, "8x64 swapped K/4 stages 12"),
-        (33, 64, "64x32 strip K/2 stages 18", "64x64 strip K/2 stages 13"),
-        (65, 128, "64x64 strip K/2 stages 13", None),
+        (1, 8, "8x64 swapped K/2 stages 12", "8x64 swapped K/2 stages 24"),
+        (9, 16, "16x64 swapped K/2 stages 8", "16x64 swapped K/2 stages 20"),
+        (17, 64, "64x32 strip K/2 stages 16", "64x64 strip K/2 stages 12"),
+        (65, 128, "64x32 strip K/1 stages 16", "64x32 strip K/1 stages 16"),
     ),
     (24576, 1536): (
         (1, 8, "8x64 swapped K/1 stages 8", None),
-        (9, 16, "16x64 swapped K/1 stages 5", None),
+        (17, 32, None, "64x96"),
     ),
     (32768, 512): (
-        (1, 16, None, "64x160"),
-        (17, 64, "128x128", "64x160"),
+        (9, 16, None, "128x160"),
+        (17, 32, None, "64x160"),
+        (33, 64, "128x128", "64x160"),
         (65, 128, "128x128", "128x96"),
     ),
-    (7168, 16384): ((65, 128, None, "128x64 strip K/1 stages 9"),),
-    (4096, 7168): ((65, 128, None, "64x64 strip K/1 stages 13"),),
+    (7168, 16384): (
+        (1, 8, None, "8x64 swapped K/2 stages 24"),
+        (65, 128, "64x128 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
+    ),
+    (4096, 7168): (
+        (33, 48, "64x64 strip K/1 stages 12", "64x32 strip K/1 stages 16"),
+        (49, 64, "64x32 strip K/1 stages 16", "64x32"),
+        (65, 128, "64x64 strip K/1 stages 12", "64x64 strip K/1 stages 12"),
+    ),
     (7168, 2048): (
         (1, 8, None, "8x64 swapped K/1 stages 12"),
-        (17, 32, None, "32x64 swapped K/1 stages 9"),
-        (33, 64, "64x64 strip K/1 stages 13", None),
-        (65, 128, None, "128x64 strip K/1 stages 9"),
+        (9, 16, None, "16x128 swapped K/1 stages 12"),
+        (17, 32, None, "64x64 strip K/1 stages 12"),
+        (33, 64, "64x64 strip K/1 stages 12", "64x64"),
+        (65, 96, "128x64 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
+        (97, 128, "128x64 strip K/1 stages 8", "64x128 strip K/1 stages 8"),
     ),
 }
 

@@ -144,14 +144,15 @@ class Strip:
         swapped: b has the m side of wgmma, a the n side; else the other way round.
         width: rows of what has the n side. What has the m side has 64 for each warpgroup.
         ctas_per_sm: for so many CTAs on an SM there are registers.
-        unroll: K blocks of one turn of the main loop. One is promoted while the next is in the tensor cores.
+        unroll: K blocks of one turn of the main loop, whose stages lie one behind the other. One is promoted while the
+            next is in the tensor cores; at a turn's end nothing is.
     """
 
     swapped: bool
     width: int
     warpgroups: int
     ctas_per_sm: int
-    unroll: int = 4
+    unroll: int
 
     @property
     def block_m(self) -> int:
@@ -182,7 +183,7 @@ class Strip:
         """The size of the kernel's Storage."""
         operands = (self.block_m + self.block_n) * BLOCK_K + max(32, self.block_m) * 4
         sums = self.block_m * self.block_n * 4 // split * (split - 1)
-        return stages * (operands + 24) + 32 + sums
+        return stages * (operands + 16) + 32 + sums
 
     @property
     def name(self) -> str:
@@ -357,10 +358,10 @@ def make_strip(swapped: bool, width: int, warpgroups: int = 1) -> Strip:
     if width <= 16:
         ctas = {1: 4, 2: 3, 3: 2}[warpgroups]
     elif width == 32:
-        ctas = 2 if warpgroups == 2 else 4 if swapped else 3
+        ctas = 2 if warpgroups == 2 else 3
     else:
-        ctas = {1: 2, 2: 1}[warpgroups]
-    return Strip(swapped, width, warpgroups, ctas)
+        ctas = {1: 2, 2: 1}[warpgroups] if width <= 64 else 1
+    return Strip(swapped, width, warpgroups, ctas, unroll=4 if swapped or (width, warpgroups) == (64, 1) else 8)
 
 
 def describing_source() -> Source:

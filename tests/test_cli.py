@@ -220,9 +220,9 @@ def test_explain():
 
 def test_explain_says_what_was_measured(capsys: pytest.CaptureFixture[str]):
     """Where a plan is chosen although the cost model holds another for faster."""
-    assert cli.main(["explain", "16", "24576", "1536"]) == 0
+    assert cli.main(["explain", "128", "2112", "7168"]) == 0
     assert "slower where it was measured; " in capsys.readouterr().out
-    assert cli.main(["explain", "16", "24576", "1536", "--sms", "100"]) == 0
+    assert cli.main(["explain", "128", "2112", "7168", "--sms", "100"]) == 0
     assert "% behind; " in capsys.readouterr().out
 
 

@@ -152,32 +152,28 @@ def test_no_tile_goes_without_rows_where_they_are_shared_out():
                 assert share <= heuristics.box_rows(tile, problem)
 
 
-MANY_ROWS, FEW_ROWS, FEW_ROWS_ON_H100 = "h200", "h200-few-rows", "h100-80gb-hbm3-few-rows"
+MANY_ROWS, FEW_ROWS, OVERLAPPING = "h200", "h100-80gb-hbm3-few-rows", "h100-80gb-hbm3-few-rows-overlapping"
 
 
 @pytest.mark.parametrize(
-    "names, median, mean, worst",
-    [
-        ((MANY_ROWS,), 1.005, 1.01, 1.1),
-        ((MANY_ROWS, FEW_ROWS), 1.005, 1.018, 1.2),
-        ((FEW_ROWS_ON_H100,), 1.005, 1.018, 1.15),
-    ],
+    "name, median, mean, worst, off",
+    [(MANY_ROWS, 1.005, 1.01, 1.1, 0.05), (FEW_ROWS, 1.005, 1.015, 1.15, 0.05), (OVERLAPPING, 1.005, 1.02, 1.25, 0.07)],
 )
-def test_choices_hold_against_a_sweep(names: tuple[str, ...], median: float, mean: float, worst: float):
+def test_choices_hold_against_a_sweep(name: str, median: float, mean: float, worst: float, off: float):
     """What the chosen tiles took, beside the fastest of all, and beside what the model foretold."""
-    found = [x for name in names for x in sweep.outcomes(max(sweep.SWEEPS.glob(f"*[0-9]-{name}.json")))]
+    found = list(sweep.outcomes(max(sweep.SWEEPS.glob(f"*[0-9]-{name}.json"))))
     assert len(found) > 150
     behind = [x.chosen_us / x.fastest_us for x in found if x.chosen_us]
     assert len(behind) == len(found)  # the chosen tile was timed
     assert statistics.median(behind) < median
     assert statistics.mean(behind) < mean
     assert max(behind) < worst
-    assert statistics.median(abs(x.foretold_us / x.chosen_us - 1) for x in found if x.chosen_us) < 0.05
+    assert statistics.median(abs(x.foretold_us / x.chosen_us - 1) for x in found if x.chosen_us) < off
 
 
-@pytest.mark.parametrize("name", [FEW_ROWS, FEW_ROWS_ON_H100])
-def test_measured_plans_hold_against_a_sweep(name: str, monkeypatch: pytest.MonkeyPatch):
-    """Where another plan than the cost model's is chosen, alone, it was faster, or as good as that."""
+@pytest.mark.parametrize("name, gain", [(FEW_ROWS, 1.005), (OVERLAPPING, 1.03)])
+def test_measured_plans_hold_against_a_sweep(name: str, gain: float, monkeypatch: pytest.MonkeyPatch):
+    """Where another plan than the cost model's is chosen, it was faster, or as good as that."""
     path = max(sweep.SWEEPS.glob(f"*[0-9]-{name}.json"))
     chosen = list(sweep.outcomes(path))
     monkeypatch.setattr(measured, "PLANS", {})
@@ -186,7 +182,7 @@ def test_measured_plans_hold_against_a_sweep(name: str, monkeypatch: pytest.Monk
     ]
     gains = [model.chosen_us / ours.chosen_us for ours, model in pairs if ours.chosen_us and model.chosen_us]
     assert len(gains) == len(pairs) >= 10
-    assert min(gains) > 0.98 and statistics.median(gains) > 1.02
+    assert min(gains) > 0.98 and statistics.median(gains) > gain
 
 
 @pytest.mark.parametrize("name, few_rows, ms", [(MANY_ROWS, False, sweep.MS), (FEW_ROWS, True, sweep.FEW_MS)])
@@ -201,7 +197,7 @@ def test_what_is_swept(name: str, few_rows: bool, ms: tuple[int, ...]):
     assert {(x.family, *x.shape) for x in sweep.outcomes(path)} == {(family, *n) for family, n in shapes}
 
 
-@pytest.mark.parametrize("arguments, name", [([], MANY_ROWS), (["--few-rows"], FEW_ROWS)])
+@pytest.mark.parametrize("arguments, name", [([], "h200"), (["--few-rows"], "h200-few-rows")])
 @pytest.mark.parametrize("left_out", [0, 1])
 def test_a_sweep_that_is_not_complete_replaces_none(
     arguments: list[str], name: str, left_out: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,7 @@ constexpr int TOKENS = SWAPPED ? WIDTH : HEIGHT;    // rows of a
 constexpr int BLOCK_N = SWAPPED ? HEIGHT : WIDTH;   // rows of b
 constexpr int CONSUMERS = 128 * WARPGROUPS;
 constexpr int THREADS = CONSUMERS + 64;             // one warp sends for b, another for a
-enum { READY, B_READY, A_READY, READ };             // barriers of the CTA: what may be waited for, loaded into, written over
+enum { FIRST, READY, B_READY, A_READY, READ };      // barriers of the CTA: what may be loaded into, waited for, written over
 constexpr int PIECES = WIDTH / 8;                   // of 8 columns of wgmma: two rows by two columns for each thread
 constexpr uint32_t AHEAD = 4;                       // stages that are filled while the other warps get ready
 constexpr int WARPS = CONSUMERS / 32;
@@ -35,9 +35,8 @@ struct Storage {
     DEVICE uint32_t b(uint32_t stage) const { return base + stage * (BLOCK_N * BLOCK_K); }
     DEVICE uint32_t a(uint32_t stage) const { return b(stages) + stage * (TOKENS * BLOCK_K); }
     DEVICE uint32_t a_scales(uint32_t stage) const { return a(stages) + stage * (SCALES * 4); }
-    DEVICE uint32_t full_b(uint32_t stage) const { return a_scales(stages) + stage * 8; }  // mbarriers: b has landed,
-    DEVICE uint32_t full_a(uint32_t stage) const { return full_b(stages) + stage * 8; }    // a and its scales have,
-    DEVICE uint32_t empty(uint32_t stage) const { return full_a(stages) + stage * 8; }     // every reader is done with both,
+    DEVICE uint32_t full(uint32_t stage) const { return a_scales(stages) + stage * 8; }    // mbarriers: b, a and its scales have landed,
+    DEVICE uint32_t empty(uint32_t stage) const { return full(stages) + stage * 8; }       // every reader is done with them,
     DEVICE uint32_t received() const { return empty(stages); }                             // the other CTAs' sums are here:
     DEVICE uint32_t sums() const { return round_up(received() + 8, 16); }  // [others][warps that add theirs][SUM]
 };
@@ -60,13 +59,13 @@ struct Work {
 
 struct Pipeline {
     uint32_t stage = 0, phase = 0;
-    DEVICE void advance(uint32_t stages) {
-        if (++stage == stages) stage = 0, phase ^= 1;
+    DEVICE void advance(uint32_t stages, uint32_t blocks = 1) {
+        stage += blocks;
+        if (stage >= stages) stage = 0, phase ^= 1;
     }
 };
 
-// Sends for what K blocks need of b or of a, one after the other. The first few come while the other warps get ready: their
-// barriers are initialised one by one, so that the first copy leaves soon. One thread.
+// Sends for what K blocks need of b or of a, one after the other. The first few come while the other warps get ready. One thread.
 struct Loader {
     const Args& args;
     const Storage& smem;
@@ -75,25 +74,23 @@ struct Loader {
     Pipeline pipe;
 
     // `copy` sends for K block `k` into a stage, and has its barrier told.
-    template <typename Copy> DEVICE void load(uint32_t until, uint32_t full, const Copy& copy) {
+    template <typename Copy> DEVICE void load(uint32_t until, const Copy& copy) {
 #pragma unroll 1
         for (; block < until; ++block, pipe.advance(smem.stages)) {
-            const uint32_t barrier = full + pipe.stage * 8;
-            if (block < AHEAD && block < smem.stages) barrier_init(barrier, 1), barrier_init_fence();
-            else if (block >= smem.stages) wait(smem.empty(pipe.stage), pipe.phase ^ 1);
-            copy(pipe.stage, work.first + block, barrier);
+            if (block >= smem.stages) wait(smem.empty(pipe.stage), pipe.phase ^ 1);
+            copy(pipe.stage, work.first + block, smem.full(pipe.stage));
         }
     }
 
     DEVICE void load_b(uint32_t until) {
-        load(until, smem.full_b(0), [&](uint32_t stage, uint32_t k, uint32_t barrier) {
+        load(until, [&](uint32_t stage, uint32_t k, uint32_t barrier) {
             barrier_expect_bytes(barrier, BLOCK_N * BLOCK_K);
             tensor_load(smem.b(stage), args.b, k * BLOCK_K, work.n, 0, barrier);
         });
     }
 
     DEVICE void load_a(uint32_t until) {
-        load(until, smem.full_a(0), [&](uint32_t stage, uint32_t k, uint32_t barrier) {
+        load(until, [&](uint32_t stage, uint32_t k, uint32_t barrier) {
             barrier_expect_bytes(barrier, args.problem.box_rows * BLOCK_K + args.problem.scale_rows * 4);
             tensor_load(smem.a(stage), args.a, k * BLOCK_K, work.m, 0, barrier);
             tensor_load(smem.a_scales(stage), args.a_scales, work.m, k, 0, barrier);
@@ -118,11 +115,12 @@ class Consumer {
 
     DEVICE float load_b_scale(uint32_t block) const { return block < work.blocks ? b_scales[block * b_scale_stride] : 0; }
 
-    // Queues the four wgmma of one K block.
-    DEVICE void multiply(float (&bank)[WIDTH / 2], uint32_t stage) {
+    // Queues the four wgmma of the K block that lies `i` stages behind `first`.
+    DEVICE void multiply(float (&bank)[WIDTH / 2], uint32_t first, int i) {
         constexpr uint32_t UNITS = BLOCK_K / 16;    // of a row
-        const uint64_t left = matrix_descriptor((SWAPPED ? smem.b(stage) : smem.a(stage)) / 16 + warp / 4 * 64 * UNITS);
-        const uint64_t right = matrix_descriptor((SWAPPED ? smem.a(stage) : smem.b(stage)) / 16);
+        const uint32_t high = SWAPPED ? smem.b(first) : smem.a(first), wide = SWAPPED ? smem.a(first) : smem.b(first);
+        const uint64_t left = matrix_descriptor(high / 16 + warp / 4 * 64 * UNITS) + i * HEIGHT * UNITS;
+        const uint64_t right = matrix_descriptor(wide / 16) + i * WIDTH * UNITS;
         pin(bank);
         wgmma_fence();
 #pragma unroll
@@ -146,43 +144,45 @@ class Consumer {
     // Tells the loading warps that a stage has been read, once its last scale has.
     DEVICE void release(uint32_t stage, float last) const { barrier_arrive(smem.empty(stage) + zero_after(last, nothing)); }
 
-    // Multiplies and promotes BLOCKS K blocks, of which `block` is the first. One is promoted while the next is multiplied.
+    // Multiplies and promotes BLOCKS K blocks, of which `block` is the first. One is promoted while the next is multiplied. Their stages
+    // lie one behind the other, for there is a multiple of UNROLL, or none is used again: so addresses are the first one's and a constant.
+    // Whatever is computed between two K blocks, copies and tensor cores wait for.
     template <int BLOCKS> DEVICE void accumulate(uint32_t block) {
-        uint32_t stages[BLOCKS];
-        float a_scales[2][A_SCALES];
+        float a_scales[2][A_SCALES], b[BLOCKS];
+        const uint32_t first = pipe.stage;
+#pragma unroll
+        for (int i = 0; i < BLOCKS; ++i) b[i] = __shfl_sync(~0u, b_scale, (block + i) % 32);
+        pin(b);                                     // ptxas would take each from its lane only when it is wanted
 #pragma unroll
         for (int i = 0; i <= BLOCKS; ++i) {
             if (i < BLOCKS) {
-                stages[i] = pipe.stage;
-                wait(smem.full_b(pipe.stage), pipe.phase);
-                wait(smem.full_a(pipe.stage), pipe.phase);
-                pipe.advance(smem.stages);
-                multiply(partial[i % 2], stages[i]);
-                load_a_scales(a_scales[i % 2], stages[i]);
+                wait(smem.full(first) + i * 8, pipe.phase);
+                multiply(partial[i % 2], first, i);
+                load_a_scales(a_scales[i % 2], first + i);
             }
             if (i == 0) continue;
             const int done = i - 1;
-            const float b = __shfl_sync(~0u, b_scale, (block + done) % 32);
             const float (&a)[A_SCALES] = a_scales[done % 2];
             float (&bank)[WIDTH / 2] = partial[done % 2];
             if (i < BLOCKS) wgmma_wait<1>();
             else wgmma_wait<0>();
             pin(bank);
-            if (reused) release(stages[done], a[A_SCALES - 1]);
+            if (reused) release(first + done, a[A_SCALES - 1]);
             float s[A_SCALES];
 #pragma unroll
-            for (int j = 0; j < A_SCALES; ++j) s[j] = __fmul_rn(a[j], b);
+            for (int j = 0; j < A_SCALES; ++j) s[j] = __fmul_rn(a[j], b[done]);
 #pragma unroll
             for (int j = 0; j < WIDTH / 2; ++j)
                 result[j] = __fmaf_rn(s[SWAPPED ? j / 4 * 2 + j % 2 : j / 2 % 2], bank[j], result[j]);
         }
+        pipe.advance(smem.stages, BLOCKS);
     }
 
 public:
     bool own;                                       // the warp's part of the tile is this CTA's
 
     DEVICE Consumer(const Problem& problem, const Storage& storage, const Work& w)
-        : smem(storage), work(w), reused(w.blocks > storage.stages), nothing(problem.nothing) {
+        : smem(storage), work(w), reused(w.blocks > storage.stages), nothing(unknown(problem.nothing)) {
         const uint32_t row = min(work.n + (SWAPPED ? warp / 4 * 64 : 0), problem.n - 1) / 128;
         b_scale_stride = problem.b_scale_stride_k;
         b_scales = problem.b_scales + row * problem.b_scale_stride_n + work.first * b_scale_stride;
@@ -201,6 +201,8 @@ public:
             accumulate<UNROLL>(block);
         }
         if (block > 0 && block % 32 == 0) b_scale = next_b_scale;
+        constexpr uint32_t HALF = UNROLL / 2;
+        for (; HALF > 2 && any(block + HALF <= work.blocks); block += HALF) accumulate<HALF>(block);
         for (; any(block < work.blocks); ++block) accumulate<1>(block);
     }
 
@@ -283,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) fp8_gemm(cons
         Consumer consumer(problem, smem, work);
         if (elect_one()) {
             for (uint32_t i = warp; i < min(smem.stages, work.blocks); i += WARPS) {
-                if (i >= AHEAD) barrier_init(smem.full_b(i), 1), barrier_init(smem.full_a(i), 1);
+                if (i >= AHEAD) barrier_init(smem.full(i), 2);
                 if (work.blocks > smem.stages) barrier_init(smem.empty(i), CONSUMERS);
             }
             barrier_init_fence();
@@ -300,6 +302,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) fp8_gemm(cons
         consumer.store(problem);
     } else if (warp == WARPS) {
         Loader loader{args, smem, work};
+        if (elect_one()) {
+            for (uint32_t i = 0; i < soon; ++i) barrier_init(smem.full(i), 2);
+            barrier_init_fence();
+        }
+        barrier_arrive<FIRST, 64>();
         if (elect_one()) loader.load_b(soon);
         barrier_arrive<READY, THREADS>();
         if (work.split > 1) cluster_arrive();
@@ -319,6 +326,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) fp8_gemm(cons
             tensor_prefetch(args.a), tensor_prefetch(args.a_scales);
         }
         if (work.split > 1) cluster_arrive();
+        barrier_sync<FIRST, 64>();
         if (elect_one()) {
             previous_kernel_wait();                 // which may write a, and read or write d
             if (!later) next_kernel_start();

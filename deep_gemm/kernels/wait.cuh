@@ -8,6 +8,13 @@
 // (docs/facts.md, few rows). nothing: the host's 0.
 DEVICE uint32_t zero_after(float loaded, uint32_t nothing) { return __float_as_uint(loaded) & nothing; }
 
+// The host's 0, and'ed with a clock: for ptxas a value to keep in a register. The argument itself it would load each time anew.
+DEVICE uint32_t unknown(uint32_t nothing) {
+    uint32_t time;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(time));
+    return time & nothing;
+}
+
 // Spins until the phase is over. In a debug build nothing hangs: after WAIT_LIMIT steps of 2^30 ns the kernel ends with a store
 // to an address that names the warp, 16 * (warp + 1). (A `trap` here would make ptxas spill in the warpgroups.)
 // CLUSTER_WIDE: for what the other CTA of the cluster has written here.
