@@ -95,6 +95,8 @@ class _Table:
         self.numbers: dict[str, list[int]] = {}  # by strip and split
         for i, v in enumerate(variants):
             self.numbers.setdefault(f"{v.strip.name} K/{v.split}", []).append(i)
+        pairs = zip(variants, (*variants[1:], None), strict=True)
+        self.alike = np.array([after is not None and after[:2] == v[:2] for v, after in pairs])  # but for residents
         self.block_m, self.block_n = column(lambda v: v.strip.block_m), column(lambda v: v.strip.block_n)
         self.swapped = column(lambda v: v.strip.swapped)
         self.split, self.room = column(lambda v: v.split), column(lambda v: v.residents)
@@ -118,6 +120,7 @@ class Costs:
         self.ctas = -(-problem.m // t.block_m) * -(-problem.n // t.block_n) * t.split
         self.blocks = -(-problem.k_blocks // t.split)
         self.stages = np.where(self.blocks <= t.stages, self.blocks, t.reused)
+        self._same = t.alike & (self.stages == np.roll(self.stages, -1))  # launch as the next, which has more residents
         self._sms = device.num_sms
         room = self._sms * t.room * np.where(t.split > 2, 1 - CLUSTERS_LOSE * t.split / 8 / t.room, 1)
         self.waves = np.maximum(1, np.ceil(self.ctas / room))
@@ -128,7 +131,7 @@ class Costs:
         # Half a strip of nobody's rows is never best; nor are few rows on wgmma's m side.
         few = (problem.m <= t.block_m) & ((problem.m > t.block_m // 2) | (t.block_m == 8))
         fits = np.where(t.swapped, few, problem.m > np.where(t.block_m == 64, 16, 64)) & (t.split <= problem.k_blocks)
-        fits &= (self.stages > 0) & (t.block_m % config.block_m == 0) & (t.block_n % config.block_n == 0)
+        fits &= (self.stages > 0) & ~self._same & (t.block_m % config.block_m == 0) & (t.block_n % config.block_n == 0)
         self.legal = fits & ((t.split == 1) | (not config.batch_invariant)) & (t.split <= device.num_sms)
 
     def _total(self, rates: Any) -> Any:
@@ -156,10 +159,10 @@ class Costs:
         return self._us[int(pdl)]
 
     def find(self, name: str) -> int | None:
-        """The number of the plan of that name (`Plan.name`): of several, the one with most CTAs on an SM."""
+        """The number of the plan of that name (`Plan.name`)."""
         strip_and_split, _, stages = name.partition(" stages ")
         numbers = self.table.numbers.get(strip_and_split, ())
-        return max((i for i in numbers if self.stages[i] == int(stages)), default=None)
+        return next((i for i in numbers if self.stages[i] == int(stages) and not self._same[i]), None)
 
     def plan(self, i: int) -> Plan:
         """The plan of variant number i."""

@@ -33,10 +33,7 @@ PLANS: dict[tuple[int, int], tuple[tuple[int, int, str | None, str | None], ...]
         (33, 64, "128x128", "64x160"),
         (65, 128, "128x128", "128x96"),
     ),
-    (7168, 16384): (
-        (1, 8, None, "8x64 swapped K/2 stages 24"),
-        (65, 128, "64x128 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
-    ),
+    (7168, 16384): ((65, 128, "64x128 strip K/1 stages 8", "128x64 strip K/1 stages 8"),),
     (4096, 7168): (
         (33, 48, "64x64 strip K/1 stages 12", "64x32 strip K/1 stages 16"),
         (49, 64, "64x32 strip K/1 stages 16", "64x32"),
@@ -45,7 +42,6 @@ PLANS: dict[tuple[int, int], tuple[tuple[int, int, str | None, str | None], ...]
     (7168, 2048): (
         (1, 8, None, "8x64 swapped K/1 stages 12"),
         (9, 16, None, "16x128 swapped K/1 stages 12"),
-        (17, 32, None, "64x64 strip K/1 stages 12"),
         (33, 64, "64x64 strip K/1 stages 12", "64x64"),
         (65, 96, "128x64 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
         (97, 128, "128x64 strip K/1 stages 8", "64x128 strip K/1 stages 8"),
