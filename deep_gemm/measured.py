@@ -44,7 +44,7 @@ PLANS: dict[tuple[int, int], tuple[tuple[int, int, str | None, str | None], ...]
         (9, 16, None, "16x128 swapped K/1 stages 12"),
         (33, 64, "64x64 strip K/1 stages 12", "64x64"),
         (65, 96, "128x64 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
-        (97, 128, "128x64 strip K/1 stages 8", "64x128 strip K/1 stages 8"),
+        (97, 128, "64x128 strip K/1 stages 8", "64x128 strip K/1 stages 8"),
     ),
 }
 

@@ -354,14 +354,17 @@ def make_tile(block_m: int, block_n: int, cluster_m: int = 1, cluster_n: int = 1
 
 
 def make_strip(swapped: bool, width: int, warpgroups: int = 1) -> Strip:
-    """The strip of that shape, for as many CTAs on an SM as find registers there."""
+    """The strip of that shape, for as many CTAs on an SM as find registers there.
+
+    Turns of 8 K blocks pay where these are short, or there is a second warpgroup (docs/facts.md).
+    """
     if width <= 16:
         ctas = {1: 4, 2: 3, 3: 2}[warpgroups]
     elif width == 32:
         ctas = 2 if warpgroups == 2 else 3
     else:
         ctas = {1: 2, 2: 1}[warpgroups] if width <= 64 else 1
-    return Strip(swapped, width, warpgroups, ctas, unroll=4 if swapped or (width, warpgroups) == (64, 1) else 8)
+    return Strip(swapped, width, warpgroups, ctas, unroll=4 if swapped or width > 32 * warpgroups else 8)
 
 
 def describing_source() -> Source:
