@@ -96,12 +96,12 @@ class _Table:
         for i, v in enumerate(variants):
             self.numbers.setdefault(f"{v.strip.name} K/{v.split}", []).append(i)
         pairs = zip(variants, (*variants[1:], None), strict=True)
-        self.alike = np.array([after is not None and after[:2] == v[:2] for v, after in pairs])  # but for residents
+        self.alike = np.array([after is not None and after[:2] == v[:2] for v, after in pairs])  # as the next
         self.block_m, self.block_n = column(lambda v: v.strip.block_m), column(lambda v: v.strip.block_n)
         self.swapped = column(lambda v: v.strip.swapped)
         self.split, self.room = column(lambda v: v.split), column(lambda v: v.residents)
         self.stages, self.warpgroups = column(lambda v: v.stages), column(lambda v: v.strip.warpgroups)
-        self.reused = column(lambda v: v.stages // v.strip.unroll * v.strip.unroll)  # stages, of more K blocks
+        self.reused = column(lambda v: v.stages // v.strip.unroll * v.strip.unroll)  # stages that are used again
         self.area = self.block_m * self.block_n
         self.stage_bytes = column(lambda v: v.strip.smem_bytes_of(v.stages, v.split) / v.stages)
 
@@ -120,7 +120,7 @@ class Costs:
         self.ctas = -(-problem.m // t.block_m) * -(-problem.n // t.block_n) * t.split
         self.blocks = -(-problem.k_blocks // t.split)
         self.stages = np.where(self.blocks <= t.stages, self.blocks, t.reused)
-        self._same = t.alike & (self.stages == np.roll(self.stages, -1))  # launch as the next, which has more residents
+        self._same = t.alike & (self.stages == np.roll(self.stages, -1))  # launch as the next, of which more fit
         self._sms = device.num_sms
         room = self._sms * t.room * np.where(t.split > 2, 1 - CLUSTERS_LOSE * t.split / 8 / t.room, 1)
         self.waves = np.maximum(1, np.ceil(self.ctas / room))

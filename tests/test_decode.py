@@ -56,7 +56,9 @@ def few(count: int):
 def test_plans_of_few_rows_are_legal():
     chosen: set[str] = set()
     for problem in few(300):
-        for plan in heuristics.ranked(problem, H200, every_split=True):
+        plans = heuristics.ranked(problem, H200, every_split=True)
+        assert len({plan.name for plan in plans}) == len(plans)
+        for plan in plans:
             strip, blocks = plan.tile, problem.k_blocks
             if not isinstance(strip, Strip):
                 assert (plan.split, plan.stages) == (1, strip.stages)
@@ -64,7 +66,9 @@ def test_plans_of_few_rows_are_legal():
             tiles = -(-problem.m // strip.block_m) * -(-problem.n // strip.block_n)
             assert (plan.ctas, plan.cluster) == (tiles * plan.split, plan.split)
             assert 1 <= plan.split <= blocks
-            assert 1 <= plan.stages <= -(-blocks // plan.split) and plan.smem_bytes <= H200.smem_bytes
+            most = -(-blocks // plan.split)  # K blocks of a CTA; fewer stages are used again, a turn's at a time
+            assert plan.stages == most or (1 <= plan.stages < most and plan.stages % strip.unroll == 0)
+            assert plan.smem_bytes <= H200.smem_bytes
             assert plan.cost.us > 0
         chosen.add(heuristics.choose(problem, H200).tile.name)
     assert len(chosen) > 10
