@@ -86,20 +86,27 @@ def stress(plan: Plan, a: Pair, b: Pair, launches: int, replays: int) -> int:
 
 
 @pytest.mark.parametrize("pdl", [False, True])
-@pytest.mark.parametrize("shape", [(1, 2112, 7168), (16, 4096, 7168), (64, 2112, 7168)], ids=str)
-def test_ten_thousand_repeats_give_equal_bits(shape: tuple[int, int, int], pdl: bool):
+@pytest.mark.parametrize(
+    ("shape", "splits"),
+    [
+        *(((1, 2112, 7168), True), ((16, 4096, 7168), True), ((64, 2112, 7168), True)),
+        *(((96, 7168, 2048), False), ((128, 7168, 2048), False), ((128, 2112, 7168), False)),
+    ],
+    ids=str,
+)
+def test_ten_thousand_repeats_give_equal_bits(shape: tuple[int, int, int], splits: bool, pdl: bool):
     """By the plan that is chosen."""
     deep_gemm.set_pdl(pdl)
     a, b = operands(*shape)
     plan = plan_of(Problem(*shape))
-    assert isinstance(plan.tile, Strip) and plan.split > 1
+    assert isinstance(plan.tile, Strip) and (plan.split > 1) is splits
     assert stress(plan, a, b, launches=100, replays=100) == 0
 
 
-@pytest.mark.parametrize("m", [1, 16, 32, 64])
+@pytest.mark.parametrize("m", [1, 16, 32, 64, 128])
 def test_stages_that_are_used_again_at_once(m: int):
     """Few stages, and CTAs in each other's way: loads of scales that are overtaken by the next copy show here."""
-    shape = m, 7168, 8192
+    shape = m, 7168, 8192 if m <= 64 else 4096
     a, b = operands(*shape)
     shallow = [plan for plan in plans(Problem(*shape)) if plan.stages <= 8]
     assert len(shallow) > 5
@@ -110,7 +117,7 @@ def test_stages_that_are_used_again_at_once(m: int):
 def test_debug_builds_give_the_same_bits(monkeypatch: pytest.MonkeyPatch):
     """With a time limit on every wait."""
     monkeypatch.setenv("DG_JIT_DEBUG", "1")
-    for m in (1, 16, 32, 64):
+    for m in (1, 16, 32, 64, 128):
         a, b = operands(m, 264, 2176)
         for plan in plans(Problem(m, 264, 2176)):
             d, untouched = guarded(m, 264)
@@ -183,7 +190,7 @@ from deep_gemm.problem import Problem, dense
 from deep_gemm.runtime import device
 from deep_gemm.runtime.launch import launch
 done = set()
-for m, n, k in ((1, 136, 1296), (9, 136, 1296), (20, 72, 1296), (64, 72, 1296)):
+for m, n, k in ((1, 136, 1296), (9, 136, 1296), (20, 72, 1296), (64, 72, 1296), (128, 72, 1296)):
     # Copied from the host: initcheck knows of no other kernel that could have written them.
     a = torch.ones(m, k).to(torch.float8_e4m3fn).cuda(), torch.ones(-(-k // 128), (m + 3) // 4 * 4).cuda().t()[:m]
     b = torch.ones(n, k).to(torch.float8_e4m3fn).cuda(), torch.ones(-(-n // 128), -(-k // 128)).cuda()
