@@ -36,7 +36,8 @@ L2_BYTES_PER_NS = 14_620  # what L2 delivers to all of them
 BLOCK_NS = 87.7  # a K block takes, however small, and
 WARPGROUP_NS = 4.55  # for every further warpgroup
 TILE_NS = 478  # from one tile to the next, and
-CONVERT_BYTES_PER_NS = 36.7  # for a warpgroup to hand over its part of the result
+CONVERT_BYTES_PER_NS = 36.7  # for a warpgroup to hand over its part of the result, and
+PART_NS = 500  # to wait until half of that has left shared memory
 STORE_BYTES_PER_NS = 30.0  # of the last result, which nothing is left to hide
 HALVED = 0.85  # of a turn of tiles, if it is upper and lower halves of tiles
 NARROWED = 0.6  # the same of left and right ones
@@ -48,6 +49,8 @@ L2_BYTES = 16e6  # that tiles in flight may read, if those after them are to fin
 FROM_MEMORY = 3.0  # times more that a byte costs which was not there
 WHOLE_ROWS = 0.9  # of the cost, if tiles in flight are whole rows of tiles, so that the next ones have the same b
 MEMORY_EFFICIENCY = 0.943  # of the rate at which weights can be streamed
+AGAIN = 0.08  # of a group's b, as good as read anew by each row of tiles after the first: it crosses L2 more than once
+DEEP = 1.04  # times more of that rate, where what a result in parts saves is a stage
 DEFAULT = Config()
 _SPREAD = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
 SHARPNESS = 8.47  # of the norms that stand for "the slowest decides, and the next slowest disturbs it"
@@ -63,7 +66,8 @@ def tiles(column_scales: bool = False) -> tuple[Tile, ...]:
     every = (make_tile(m, n, *cluster) for m, n in shapes for cluster in ((1, 1), (2, 1), (1, 2)))
     # In clusters along N 128x256 spills, and those with several main loops were never faster by more than 0.1 %.
     worth = (t for t in every if t.cluster_n == 1 or (t.ranges == 1 and (t.block_m, t.block_n) != (128, 256)))
-    return *worth, make_tile(192, 80), make_tile(192, 112)  # two for set_block_size_multiple_of alone
+    alone = make_tile(192, 80), make_tile(192, 112)  # for set_block_size_multiple_of
+    return *worth, *alone, make_tile(128, 256, 2, 1, parts=2)
 
 
 def kernels(column_scales: bool = False) -> tuple[Tile | Strip, ...]:
@@ -85,12 +89,14 @@ class _Table:
         self.cluster, self.smem_bytes = column(lambda t: t.cluster), column(lambda t: t.smem_bytes)
         self.height, self.width = self.block_m * self.cluster_m, self.block_n * self.cluster_n
         self.area = area = self.block_m * self.block_n
+        parts = column(lambda t: t.parts)
+        self.depth = np.where(parts > 1, DEEP, 1.0)
         drag = column(lambda t: ONE_BANK if t.banks == 1 and t.warpgroups == 1 else 1)
         self.tensor_ns = area / 32 / TENSOR_GHZ * drag * np.where(self.cluster > 1, CLUSTER_DRAG, 1)
         self.latency_ns = BLOCK_NS + WARPGROUP_NS * (self.block_m // 64 - 1)
         self.straddle_ns = STRADDLE_NS * column(lambda t: t.warpgroups * _choices(t))
         self.halved = column(lambda t: NARROWED if t.narrows else HALVED)
-        self.tile_ns = TILE_NS + 64 * self.block_n * 2 / CONVERT_BYTES_PER_NS
+        self.tile_ns = TILE_NS + 64 * self.block_n * 2 / CONVERT_BYTES_PER_NS + PART_NS * (parts - 1)
         self.start_us = START_US + np.where(self.cluster > 1, CLUSTER_START_US, 0)
         self.end_us = area * 2 / STORE_BYTES_PER_NS / 1e3
 
@@ -113,7 +119,7 @@ class _Costs:
 
     def __init__(self, table: _Table, problem: Problem, device: Device, config: Config) -> None:
         self._problem, self._config, self._table = problem, config, table
-        self.rows, groups, used, alike = _rows(table, problem)
+        self.rows, groups, used, multiplied, alike = _rows(table, problem)
         one_a = problem.kind == Kind.CONTIGUOUS  # of all groups
         self.rows_of_group = np.maximum(1, self.rows / problem.groups) if one_a else self.rows
         self.columns = _ceil_div(problem.n, table.width)
@@ -137,20 +143,23 @@ class _Costs:
         sooner = SOONER_US * (table.cluster == 1) if problem.kind == Kind.DENSE else 0.0
         self.start_us = table.start_us - sooner
         compute_us = self.waves * (k_blocks * self.block_ns + table.tile_ns) / 1e3
-        self.memory_us = problem.bytes / (MEMORY_EFFICIENCY * device.memory_gbps) / 1e3
+        streamed = np.full(len(table.tiles), float(problem.bytes))
+        if problem.kind in (Kind.MASKED, Kind.ENDS):
+            streamed = (streamed + AGAIN * groups * problem.n * problem.k * (self.rows - 1)) / table.depth
+        self.memory_us = streamed / (MEMORY_EFFICIENCY * device.memory_gbps) / 1e3
         blocks = count * table.cluster * k_blocks
-        self.power_us = blocks * BLOCK_K * used * table.area * 2 / FLOP_PER_US
+        self.power_us = blocks * BLOCK_K * multiplied * table.area * 2 / FLOP_PER_US
         self.us = self.start_us + norm(SHARPNESS / 2, compute_us, self.memory_us, self.power_us) + table.end_us
 
     def plan(self, i: int) -> Plan:
         """The plan that walks the problem with the table's tile number i."""
         table, tile = self._table, self._table.tiles[i]
         clusters, band = self._walk(i)
-        figures = (self.us[i], self.start_us[i], self.waves[i], self.block_ns[i], table.tile_ns[i])
-        us, start_us, waves, block_ns, tile_ns = (x.item() for x in figures)
-        cost = Cost(
-            us, start_us, waves, block_ns, tile_ns, self.memory_us, self.power_us[i].item(), table.end_us[i].item()
+        figures = (
+            *(self.us[i], self.start_us[i], self.waves[i], self.block_ns[i], table.tile_ns[i]),
+            *(self.memory_us[i], self.power_us[i], table.end_us[i]),
         )
+        cost = Cost(*(x.item() for x in figures))
         ctas, config, problem = clusters * tile.cluster, self._config, self._problem
         pdl = config.pdl and _may_overlap(problem)
         return Plan(problem, tile, ctas, band, config.tc_util, pdl, cost, tile.stages)
@@ -292,8 +301,9 @@ def _legal(table: _Table, problem: Problem, device: Device, config: Config) -> A
     return legal & (table.block_m % config.block_m == 0) & (table.block_n % config.block_n == 0)
 
 
-def _rows(table: _Table, problem: Problem) -> tuple[Any, int, Any, Any]:
-    """Rows of tiles in a group, groups that have them, how much of a row of tiles multiplies, and if all cost alike.
+def _rows(table: _Table, problem: Problem) -> tuple[Any, int, Any, Any, Any]:
+    """Rows of tiles in a group, groups that have them, how much of a row of tiles takes time, how much of it multiplies
+    (a cluster waits for its fuller CTA), and if all cost alike.
 
     Where the device alone knows, groups are taken to be spread evenly from 0.7 to 1.3 times what is expected.
     """
@@ -301,13 +311,14 @@ def _rows(table: _Table, problem: Problem) -> tuple[Any, int, Any, Any]:
         expected = max(1.0, problem.rows / problem.groups)
         sizes = np.array([[min(ceil(expected * x), problem.m)] for x in (_SPREAD if expected < problem.m else (1,))])
         rows = _ceil_div(sizes, table.height)
-        # Of the last row of tiles: a cluster takes as long as its upper CTA, which is the fuller one.
+        # Of the last row of tiles, the upper CTA of a cluster, which is the fuller one.
         filled = _ceil_div(np.minimum(sizes - (rows - 1) * table.height, table.block_m), 64) * 64 / table.block_m
         alike = (rows == rows[0]).all(0) & (filled == filled[0]).all(0)
         mean = rows.mean(0)
-        return mean, problem.groups, 1 - (1 - filled.mean(0)) / mean, alike
+        multiplied = (_ceil_div(sizes, 64) * 64).mean() / (mean * table.height)
+        return mean, problem.groups, 1 - (1 - filled.mean(0)) / mean, multiplied, alike
     groups = problem.groups if problem.kind in (Kind.K_GROUPED, Kind.K_ENDS) else 1
-    return _ceil_div(problem.m, table.height), groups, 1.0, True
+    return _ceil_div(problem.m, table.height), groups, 1.0, 1.0, True
 
 
 def _ceil_div(x: Any, y: Any) -> Any:

@@ -42,6 +42,8 @@ class Tile:
         stages: K blocks in flight in shared memory.
         cluster_m, cluster_n: CTAs that share tiles of b (neighbours along M) or of a (along N) by multicast.
         column_scales: a scale per row of b and 128 columns, and FP32 results, instead of one per 128x128, and BF16.
+        parts: 2 if the left and the right half of the result go through shared memory one after the other. That leaves
+            room for another stage, and takes some 1000 clocks a tile.
     """
 
     block_m: int
@@ -53,6 +55,7 @@ class Tile:
     cluster_m: int
     cluster_n: int
     column_scales: bool = False
+    parts: int = 1
 
     @property
     def warpgroups(self) -> int:
@@ -105,7 +108,7 @@ class Tile:
     def smem_bytes(self) -> int:
         """The size of the kernel's SharedStorage, which asserts it."""
         operands = (self.block_m + self.block_n) * BLOCK_K
-        result = 128 if self.column_scales else self.block_m * self.block_n * 2
+        result = 128 if self.column_scales else self.block_m * self.block_n * 2 // self.parts
         scales = self.block_m * 4 + (self.block_n * 4 if self.column_scales else 16)
         tiles_and_barriers = 4 * 40 + ((self.stages + 4 + 1) * 2 + 2) * 8
         return align(self.stages * (operands + scales) + result + tiles_and_barriers, 1024)
@@ -113,7 +116,8 @@ class Tile:
     @property
     def name(self) -> str:
         cluster = f" cluster {self.cluster_m}x{self.cluster_n}" if self.cluster > 1 else ""
-        return f"{self.block_m}x{self.block_n}{cluster}{' with column scales' if self.column_scales else ''}"
+        more = " with column scales" * self.column_scales + " in parts" * (self.parts > 1)
+        return f"{self.block_m}x{self.block_n}{cluster}{more}"
 
     def render(self, wait_limit: int = 0) -> str:
         """The text of config.cuh. `wait_limit`: about how many seconds a barrier may be waited for, 0 for ever."""
@@ -323,7 +327,9 @@ class Plan:
         )
 
 
-def make_tile(block_m: int, block_n: int, cluster_m: int = 1, cluster_n: int = 1, column_scales: bool = False) -> Tile:
+def make_tile(
+    block_m: int, block_n: int, cluster_m: int = 1, cluster_n: int = 1, column_scales: bool = False, parts: int = 1
+) -> Tile:
     """The tile of that shape, with everything that follows from the shape.
 
     While a warpgroup promotes, something has to be in the tensor cores. Another warpgroup's wgmma will do if it is
@@ -348,7 +354,7 @@ def make_tile(block_m: int, block_n: int, cluster_m: int = 1, cluster_n: int = 1
         unroll = 2 if chunk_n > 80 else 4 if cluster_m * cluster_n == 2 else 8  # in clusters 8 is no faster than 4
 
     def tile(stages: int) -> Tile:
-        return Tile(block_m, block_n, chunk_n, banks, unroll, stages, cluster_m, cluster_n, column_scales)
+        return Tile(block_m, block_n, chunk_n, banks, unroll, stages, cluster_m, cluster_n, column_scales, parts)
 
     return tile(max(s for s in range(1, MAX_STAGES + 1) if tile(s).smem_bytes <= MAX_SMEM_BYTES))
 

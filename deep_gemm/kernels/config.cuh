@@ -11,6 +11,7 @@ constexpr int STAGES = 3;
 constexpr int CLUSTER_M = 2;
 constexpr int CLUSTER_N = 1;
 constexpr int COLUMN_SCALES = 0;
+constexpr int PARTS = 1;
 constexpr int WARPGROUPS = 2;
 constexpr int STORE_M = 32;
 constexpr int NARROWS = 1;

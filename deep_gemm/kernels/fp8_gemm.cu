@@ -288,18 +288,21 @@ public:
         const uint32_t lane = lane_index();         // anew, for the main loop has no register for these addresses
         // stmatrix: lanes 0-7, 8-15, 16-23, 24-31 address the rows of (top, left), (bottom, left), (top, right), (bottom, right)
         const uint32_t matrix_row = warp * 16 + lane % 16, swizzle = (matrix_row * STORE_N * 2 / 128) % (STORE_N / 8);
-        wait(smem.d_empty, count % 2);
 #pragma unroll
-        for (int column = 0; column < BLOCK_N; column += 16) {
-            float* r = &result[column / 2];
-            const uint32_t unit = (column % STORE_N / 8 + lane / 16) ^ swizzle;  // of 16 bytes, within the row
-            store_matrix_x4(shared_address(smem.d[column / STORE_N]) + matrix_row * (STORE_N * 2) + unit * 16,
-                            to_bf16x2(r[0], r[1]), to_bf16x2(r[2], r[3]), to_bf16x2(r[4], r[5]), to_bf16x2(r[6], r[7]));
+        for (int part = 0; part < PARTS; ++part) {
+            wait(smem.d_empty, (count * PARTS + PARTS + 1 + part) % 2);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) r[j] = zero();
+            for (int column = 0; column < PART_N; column += 16) {
+                float* r = &result[(part * PART_N + column) / 2];
+                const uint32_t unit = (column % STORE_N / 8 + lane / 16) ^ swizzle;  // of 16 bytes, within the row
+                store_matrix_x4(shared_address(smem.d[column / STORE_N]) + matrix_row * (STORE_N * 2) + unit * 16,
+                                to_bf16x2(r[0], r[1]), to_bf16x2(r[2], r[3]), to_bf16x2(r[4], r[5]), to_bf16x2(r[6], r[7]));
+#pragma unroll
+                for (int j = 0; j < 8; ++j) r[j] = zero();
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(shared_address(&smem.d_full));
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(&smem.d_full));
     }
 };
 

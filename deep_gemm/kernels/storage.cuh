@@ -16,11 +16,12 @@ constexpr uint32_t AHEAD = STAGES < 6 ? STAGES : 6;  // stages that are filled w
 constexpr int TILES = 4;                            // that are known in advance, or not yet stored
 constexpr uint32_t CLAIM_AHEAD = 4;                 // K blocks that are left to load when a CTA claims its next tile
 constexpr int STORE_N = gcd(BLOCK_N, 64);           // columns of one store: 128, 64 or 32 bytes, swizzled likewise
+constexpr int PART_N = BLOCK_N / PARTS;             // columns of the result that shared memory holds at a time
 
 struct SharedStorage {
     alignas(1024) uint8_t a[STAGES][BLOCK_M * BLOCK_K];
     alignas(1024) uint8_t b[STAGES][BLOCK_N * BLOCK_K];
-    alignas(1024) uint16_t d[COLUMN_SCALES ? 1 : BLOCK_N / STORE_N][COLUMN_SCALES ? 1 : BLOCK_M * STORE_N];
+    alignas(1024) uint16_t d[COLUMN_SCALES ? 1 : PART_N / STORE_N][COLUMN_SCALES ? 1 : BLOCK_M * STORE_N];
     alignas(128) float a_scales[STAGES][BLOCK_M];
     alignas(128) float b_scales[STAGES][COLUMN_SCALES ? BLOCK_N : 4];
     Tile tiles[TILES];                              // what the scheduling warp hands out
