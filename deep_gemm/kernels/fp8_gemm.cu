@@ -282,8 +282,8 @@ public:
         }
     }
 
-    // Converts tile number `count` to BF16, once the one before is on its way, and hands it over to the storing warp. Leaves zeros
-    // for the next one: between conversions they take no time, and 250 clk on their own.
+    // Converts tile number `count`, counted from 1, to BF16, part by part, each once the one before is on its way, and hands it over
+    // to the storing warp. Leaves zeros for the next one: between conversions they take no time, and 250 clk on their own.
     DEVICE void store(float (&result)[BLOCK_N / 2], uint32_t count) {
         const uint32_t lane = lane_index();         // anew, for the main loop has no register for these addresses
         // stmatrix: lanes 0-7, 8-15, 16-23, 24-31 address the rows of (top, left), (bottom, left), (top, right), (bottom, right)

@@ -5,10 +5,11 @@
 #include "storage.cuh"
 #include "tiles.cuh"
 
-// Sends rows `from` .. `to` of a part of a finished tile, from column n on, to d: those of the tile's group.
-DEVICE void write_rows(const Problem& problem, const SharedStorage& smem, const Tile& tile, uint32_t n, uint32_t from, uint32_t to) {
+// Sends rows `from` .. `to` of a part of a finished tile to d, those of the tile's group.
+DEVICE void write_rows(const Problem& problem, const SharedStorage& smem, const Tile& tile, uint32_t part, uint32_t from, uint32_t to) {
     constexpr uint32_t UNITS = PART_N / 8, BATCH = 4;  // units of 16 bytes; how many a lane loads before it stores them
-    uint16_t* const d = static_cast<uint16_t*>(problem.d) + tile.batch * problem.d_stride_g + tile.m * problem.d_stride_m + n;
+    uint16_t* const d = static_cast<uint16_t*>(problem.d) + tile.batch * problem.d_stride_g + tile.m * problem.d_stride_m + tile.n +
+                        part * PART_N;
 #pragma unroll 1
     for (uint32_t first = from * UNITS + lane_index(); first < to * UNITS; first += 32 * BATCH) {
         uint4 values[BATCH];
@@ -23,7 +24,7 @@ DEVICE void write_rows(const Problem& problem, const SharedStorage& smem, const 
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
             const uint32_t i = first + j * 32, row = i / UNITS, column = i % UNITS * 8;
-            if (owned[j] && i < to * UNITS && n + column < tile.right)
+            if (owned[j] && i < to * UNITS && tile.n + part * PART_N + column < tile.right)
                 *reinterpret_cast<uint4*>(d + row * problem.d_stride_m + column) = values[j];
         }
     }
@@ -42,7 +43,6 @@ DEVICE void write_back(const Args& args, SharedStorage& smem) {
         const uint32_t boxed = tile.rows == Tile::SCATTERED ? 0 : tile.end == args.problem.m ? rows : rows / STORE_M * STORE_M;
 #pragma unroll 1
         for (uint32_t part = 0; part < PARTS; ++part) {
-            const uint32_t n = tile.n + part * PART_N;
             wait(smem.d_full, (tiles.index * PARTS + part) % 2);
             if (elect_one()) {
                 store_fence();
@@ -50,14 +50,14 @@ DEVICE void write_back(const Args& args, SharedStorage& smem) {
                 for (uint32_t row = 0; row < boxed; row += STORE_M)
 #pragma unroll
                     for (int column = 0; column < PART_N; column += STORE_N)
-                        if (n + column < tile.right)
-                            tensor_store(args.d, n + column, tile.m + row, tile.batch,
+                        if (tile.n + part * PART_N + column < tile.right)
+                            tensor_store(args.d, tile.n + part * PART_N + column, tile.m + row, tile.batch,
                                          shared_address(smem.d[column / STORE_N]) + row * (STORE_N * 2));
                 store_commit();
                 store_wait_read<0>();
             }
             __syncwarp();
-            if (boxed < rows) write_rows(args.problem, smem, tile, n, boxed, rows);
+            if (boxed < rows) write_rows(args.problem, smem, tile, part, boxed, rows);
             barrier_arrive(shared_address(&smem.d_empty));
         }
     }
