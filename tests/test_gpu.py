@@ -352,7 +352,7 @@ def test_debug_builds_give_the_same_bits(monkeypatch):
     monkeypatch.setenv("DG_JIT_DEBUG", "1")
     a, b = operands(257, 528, 1152)
     want = exact(a, b, split=1)
-    for shape in ((64, 16, 1, 1), (64, 48, 1, 2), (128, 112, 1, 1), (128, 256, 2, 1), (192, 128, 1, 2)):
+    for shape in ((64, 16), (64, 48, 1, 2), (128, 112), (128, 256, 2), (128, 256, 2, 1, False, 2), (192, 128, 1, 2)):
         d, untouched = guarded(257, 528)
         assert on_tile(heuristics.make_tile(*shape), a, b, d)
         assert differing(d, want) == 0, shape
@@ -498,7 +498,7 @@ for m, n, k in ((65, 136, 400), (257, 528, 1152)):
     # Copied from the host: initcheck knows of no other kernel that could have written them.
     a = torch.ones(m, k).to(torch.float8_e4m3fn).cuda(), torch.ones(-(-k // 128), (m + 3) // 4 * 4).cuda().t()[:m]
     b = torch.ones(n, k).to(torch.float8_e4m3fn).cuda(), torch.ones(-(-n // 128), -(-k // 128)).cuda()
-    for shape in ((64, 16, 1, 1), (64, 48, 1, 2), (128, 112, 1, 1), (128, 256, 2, 1), (192, 128, 1, 2)):
+    for shape in ((64, 16), (64, 48, 1, 2), (128, 112), (128, 256, 2), (128, 256, 2, 1, False, 2), (192, 128, 1, 2)):
         tile = heuristics.make_tile(*shape)
         d = torch.zeros(m, n, dtype=torch.bfloat16).cuda()
         problem, operands = dense(a, b, d)

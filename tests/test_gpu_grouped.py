@@ -389,6 +389,21 @@ def test_masked_multicast_with_an_odd_number_of_column_tiles():
         assert untouched(case), shape
 
 
+@pytest.mark.parametrize("num_sms", [132, 6])
+@pytest.mark.parametrize("n, k", [(2112, 896), (4096, 128)])
+def test_thousand_repeats_of_results_in_parts(n: int, k: int, num_sms: int):
+    """Both halves of a result take the same shared memory: with short K one is sent while the next is converted."""
+    case = masked([200, 3, 0, 256, 130, 129, 241], 300, n, k)
+    tile = heuristics.make_tile(128, 256, 2, parts=2)
+    plan = heuristics.plan_for(tile, case.problem, device.current(0), Config(num_sms=num_sms))
+    d, want, differences = case.operands.d, exact(case), torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        d.fill_(NAN)
+        launch(plan, case.operands)
+        differences += differing(d, want)
+    assert int(differences) == 0 and untouched(case)
+
+
 @pytest.mark.parametrize("max_m", [8, 16, 32, 48, 96, 100, 192])
 def test_masked_tile_stays_in_its_group(max_m):
     for expected in (1, max_m):
@@ -784,7 +799,7 @@ cases = [
     problem.k_grouped(*flat, zeros(G, m, n, dtype=torch.float32), None, int32([128, 0, 384]), c, False, 128),
     problem.k_grouped(*flat, zeros(G, m, n, dtype=torch.float32), None, int32([100, 128, 500]), None, True, 128),
 ]
-plain = ((64, 16), (64, 48, 1, 2), (128, 112), (128, 256, 2, 1), (192, 128, 1, 2))
+plain = ((64, 16), (64, 48, 1, 2), (128, 112), (128, 256, 2), (128, 256, 2, 1, False, 2), (192, 128, 1, 2))
 for described, operands in cases:
     column = described.column_scales
     shapes = [(64, 32, 1, 1, True), (128, 128, 1, 1, True)] if column else plain
