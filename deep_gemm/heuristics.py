@@ -1,7 +1,7 @@
 """Which tile, and why: what is legal, and a cost model that a launch's time follows. Pure: no CUDA, no measuring.
 
-The constants were fitted to sweeps of tiles on an H200, those of launches that overlap on an H100 (docs/facts.md,
-planner).
+The constants were fitted to sweeps of tiles on an H200, those of launches that overlap, AGAIN, DEEP and PART_NS on an
+H100 (docs/facts.md, planner).
 """
 
 from __future__ import annotations
