@@ -33,7 +33,7 @@ struct SharedStorage {
 };
 constexpr int BARRIERS = (STAGES + TILES + 1) * 2 + 1;  // from `full` to `claim`, in the order that `arrivals` knows
 static_assert(sizeof(SharedStorage) == SMEM_BYTES, "the host planned another amount of shared memory");
-static_assert(BLOCK_M == 64 * WARPGROUPS && BLOCK_N == CHUNK_N * CHUNKS && B_SCALES <= 4 && CLUSTER <= 2);
+static_assert(BLOCK_M == 64 * WARPGROUPS && BLOCK_N == CHUNK_N * CHUNKS && BLOCK_N % (PARTS * STORE_N) == 0 && B_SCALES <= 4 && CLUSTER <= 2);
 
 // What completes a phase of barrier i, counted from `full` on.
 DEVICE uint32_t arrivals(uint32_t i) {
