@@ -9,7 +9,7 @@ the first and the last set are held against the bit-exact reference: with one wr
 
 Dense shapes stand beside cuBLASLt. If DEEP_GEMM_PEER names the folder that the PyPI package sgl-deep-gemm is in, a fork
 of DeepSeek's DeepGEMM (bench/peer.py; it needs nvcc), the grouped ones stand beside it, and so do the dense ones of
---peer-m; else the grouped ones stand beside cuBLASLt in a loop:
+--peer-m, where launches overlap with its set_pdl(True); else the grouped ones stand beside cuBLASLt in a loop:
 
     pip install --no-deps --target FOLDER sgl-deep-gemm==0.1.5 apache-tvm-ffi==0.1.11
 """
@@ -184,7 +184,7 @@ def take_turns(row: Row, implementations: dict[str, Callable[[], float]], turns:
 def measure(
     problem: Problem, l2_bytes: int, turns: int, sustained: bool, peer: Peer | None = None, pdl: bool = False
 ) -> Row:
-    """A dense row. pdl: our launches overlap with the ones before."""
+    """A dense row. pdl: our launches, and the peer's, overlap with the ones before."""
     row: Row = {
         "family": DENSE_PDL if pdl else DENSE,
         "shape": [problem.m, problem.n, problem.k],
@@ -217,7 +217,7 @@ def measure(
     }
     try:
         if peer:
-            about = {"family": row["family"], "shape": row["shape"], "seed": 0}
+            about = {"family": DENSE, "shape": row["shape"], "seed": 0, "pdl": pdl}
             peer.ask(about | {"sets": sets_count, "launches": row["launches"]})
             turn_of[FORK] = lambda: peer.ask("replay")["us"]
             held_of[FORK] = lambda burst_us: peer.ask({"burst_us": burst_us})["us"]
@@ -269,7 +269,7 @@ def measure_grouped(shape: grouped.Shape, l2_bytes: int, turns: int, peer: Peer 
     torch.cuda.empty_cache()  # the peer's operands take as much memory again
     try:
         if peer:
-            about = {"family": shape.family, "shape": shape.numbers, "seed": 0}
+            about = {"family": shape.family, "shape": shape.numbers, "seed": 0, "pdl": False}
             peer.ask(about | {"sets": sets_count, "launches": row["launches"]})
             turn_of[FORK] = lambda: peer.ask("replay")["us"]
         take_turns(row, turn_of, turns)
@@ -481,12 +481,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers = [(n, k) for _, n, k in LAYERS if n in (args.n or [n]) and k in (args.k or [k])]
     ms: list[int] = args.m
     for (n, k), m in product(layers if DENSE in args.family else [], ms):
-        beside = peer if m in args.peer_m else None
-        rows.append(measure(Problem(m, n, k), gpu["l2_bytes"], turns, sustained, beside))
+        rows.append(measure(Problem(m, n, k), gpu["l2_bytes"], turns, sustained, peer if m in args.peer_m else None))
         print(line_of(rows[-1]), flush=True)
     few = [m for m in ms if m in UPSTREAM_MS]
     for (n, k), m in product(layers if DENSE_PDL in args.family else [], few):
-        rows.append(measure(Problem(m, n, k), gpu["l2_bytes"], turns, False, pdl=True))
+        rows.append(measure(Problem(m, n, k), gpu["l2_bytes"], turns, False, peer if m in args.peer_m else None, True))
         print(line_of(rows[-1]), flush=True)
     shapes = [x for x in grouped.SHAPES if x.family in args.family and (x.n, x.k) in layers]
     for shape in shapes:
@@ -505,8 +504,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{family}, M={', '.join(map(str, few))}: DeepSeek's / ours {mean:.3f} (geometric mean)")
     for m, mean in geometric_means(rows, "us_sustained").items():
         print(f"M={m} sustained: ours / tensor-wise {mean:.3f} (geometric mean)")
-    for m, mean in geometric_means(rows, to=FORK).items():
-        print(f"M={m}: ours / {FORK} {mean:.3f} (geometric mean)")
+    for family, when in ((DENSE, ""), (DENSE_PDL, " overlapping")):
+        for m, mean in geometric_means(rows, to=FORK, family=family).items():
+            print(f"M={m}{when}: ours / {FORK} {mean:.3f} (geometric mean)")
     for family, mean in family_means(rows).items():
         print(f"{family}: ours / {mean.other} {mean.ratio:.3f} (geometric mean)")
     complete = set(args.m) >= set(MS) and set(args.family) == set(FAMILIES)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import grouped, run, table
-from bench.peer import Peer
+import deep_gemm
+from bench import graph, grouped, run, table
+from bench.peer import Peer, answers
 from deep_gemm import problem as problems
 from deep_gemm import reference
 from deep_gemm.cli import LAYERS
@@ -292,6 +293,16 @@ def test_a_peer_answers_whatever_it_prints(package: Path):
         assert peer.ask("free") == {}  # in a new process
     finally:
         peer.close()
+
+
+def test_launches_of_a_peer_overlap_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch):
+    seen: list[bool] = []
+    monkeypatch.setattr(grouped.Operands, "random", lambda shape: grouped.run)
+    monkeypatch.setattr(graph, "capture", lambda run, sets, launches: seen.append(deep_gemm.get_pdl()))
+    about = {"family": grouped.DENSE, "shape": [1, 16, 16], "seed": 0, "sets": 1, "launches": 1}
+    requests = [json.dumps(about | {"pdl": pdl}) for pdl in (True, False, True, False)]
+    assert list(answers(iter(requests)))[1:] == [{}] * 4
+    assert seen == [True, False, True, False]
 
 
 def test_a_peer_that_does_not_come(package: Path, tmp_path_factory: pytest.TempPathFactory):
