@@ -290,7 +290,7 @@ public:
         const uint32_t matrix_row = warp * 16 + lane % 16, swizzle = (matrix_row * STORE_N * 2 / 128) % (STORE_N / 8);
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
-            wait(smem.d_empty, (count * PARTS + PARTS + 1 + part) % 2);
+            wait(smem.d_empty, ((count - 1) * PARTS + part + 1) % 2);
 #pragma unroll
             for (int column = 0; column < PART_N; column += 16) {
                 float* r = &result[(part * PART_N + column) / 2];
