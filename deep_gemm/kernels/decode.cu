@@ -45,13 +45,15 @@ struct Storage {
 // of tiles.
 struct Work {
     uint32_t m, n, end;                             // first row and column of the tile, and the first row that is not its own
+    uint32_t column;                                // of tiles
     uint32_t first, blocks;                         // K blocks
     uint32_t rank, split;                           // in the cluster
 
     DEVICE explicit Work(const Problem& problem) {
         rank = cluster_rank(), split = cluster_size();
         const uint32_t shift = __popc(split - 1), tile = blockIdx.x >> shift, rows = (problem.m + TOKENS - 1) / TOKENS;
-        const uint32_t column = rows == 1 ? tile : tile / rows, all = (problem.k + 127) / 128;
+        const uint32_t all = (problem.k + 127) / 128;
+        column = rows == 1 ? tile : tile / rows;
         m = (tile - column * rows) * problem.tile_rows, n = column * BLOCK_N, end = min(problem.m, m + problem.tile_rows);
         first = all * rank >> shift, blocks = (all * (rank + 1) >> shift) - first;
     }
@@ -87,6 +89,17 @@ struct Loader {
             barrier_expect_bytes(barrier, BLOCK_N * BLOCK_K);
             tensor_load(smem.b(stage), args.b, k * BLOCK_K, work.n, 0, barrier);
         });
+    }
+
+    // Has the first of a come into L2 while the kernel before still runs, which may be writing it; how long what follows takes, stages
+    // hide. Each column of tiles sends for other K blocks.
+    DEVICE void fetch_a() const {
+        const uint32_t columns = (args.problem.n + BLOCK_N - 1) / BLOCK_N, until = min(work.blocks, 2 * smem.stages);
+#pragma unroll 1
+        for (uint32_t i = work.column; i < until; i += columns) {
+            tensor_fetch(args.a, (work.first + i) * BLOCK_K, work.m, 0);
+            tensor_fetch(args.a_scales, work.m, work.first + i, 0);
+        }
     }
 
     DEVICE void load_a(uint32_t until) {
@@ -315,8 +328,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) fp8_gemm(cons
     } else {
         Loader loader{args, smem, work};
         // The next kernel, once it starts, fills its stages. Where this one has far more to come than its own hold, that takes memory
-        // from it, and leaves the next one nothing to do while it waits for this one's end.
-        const bool later = smem.stages * 5 < work.blocks * 3;
+        // from it, and leaves the next one nothing to do while it waits for this one's end. Where all has been sent for, it takes none.
+        const bool later = smem.stages * 5 < work.blocks * 3, at_once = work.blocks <= smem.stages;
         if (elect_one()) {
             if (work.split > 1) {
                 barrier_init(smem.received(), 1);
@@ -324,10 +337,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) fp8_gemm(cons
                 barrier_expect_bytes(smem.received(), (work.split - 1) * (WARPS >> __popc(work.split - 1)) * SUM);
             }
             tensor_prefetch(args.a), tensor_prefetch(args.a_scales);
+            if (problem.overlaps) loader.fetch_a();
         }
         if (work.split > 1) cluster_arrive();
         barrier_sync<FIRST, 64>();
         if (elect_one()) {
+            if (at_once) next_kernel_start();
             previous_kernel_wait();                 // which may write a, and read or write d
             if (!later) next_kernel_start();
             loader.load_a(soon);

@@ -88,6 +88,16 @@ DEVICE uint32_t started(const Problem& problem) {
     return CLUSTER == 1 && problem.kind == DENSE ? min(AHEAD, (problem.k + 127) / 128) : 0;
 }
 
+// Has the first rows of a come into L2 while the kernel before still runs, which may be writing them. Each CTA sends for one box. One
+// thread.
+DEVICE void fetch_a(const Args& args) {
+    const uint32_t blocks = (args.problem.k + 127) / 128, box = blockIdx.x / blocks, k = blockIdx.x - box * blocks;
+    const uint32_t m = box * args.problem.box_rows;
+    if (m >= args.problem.m) return;
+    tensor_fetch(args.a, k * BLOCK_K, m, 0);
+    tensor_fetch(args.a_scales, m, k, 0);
+}
+
 // Initialises the barriers of the first stages, and sends for what fills them, while the other warps get ready: what comes first
 // is waited for longest. Launched to overlap with the kernel before, it does not wait for that one before it sends for b, which
 // that one does not write. Leaves the tile for `produce` to hand out. One thread.
@@ -358,6 +368,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) fp8_gemm(const __grid_c
             // One thread of each warp: threads that initialise barriers by their index take ptxas a loop over lanes.
             for (uint32_t i = AHEAD + warp; i < BARRIERS; i += THREADS / 32 - 1)
                 barrier_init(shared_address(smem.full) + i * sizeof(uint64_t), arrivals(i));
+            if (warp == 0 && CLUSTER == 1 && args.problem.overlaps && args.problem.kind == DENSE) fetch_a(args);
         }
         barrier_init_fence();
     }

@@ -28,7 +28,12 @@ DEVICE void tensor_load(uint32_t to, const TensorMap& map, uint32_t x, uint32_t 
         ::"r"(to), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier) : "memory");
 }
 
-// the same, delivered to the same address, and announced to the same barrier, of every CTA in `mask`
+// cp.async.bulk.prefetch.tensor.3d: the same, global -> L2. A hint: whoever writes there afterwards writes to L2 as well
+DEVICE void tensor_fetch(const TensorMap& map, uint32_t x, uint32_t y, uint32_t z) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(&map), "r"(x), "r"(y), "r"(z) : "memory");
+}
+
+// tensor_load, delivered to the same address, and announced to the same barrier, of every CTA in `mask`
 DEVICE void tensor_load_multicast(uint32_t to, const TensorMap& map, uint32_t x, uint32_t y, uint32_t z, uint32_t barrier,
                                   uint16_t mask) {
     asm volatile(
