@@ -20,31 +20,32 @@ PLANS: dict[tuple[int, int], tuple[tuple[int, int, str | None, str | None], ...]
     (2112, 7168): (
         (1, 8, "8x64 swapped K/2 stages 12", "8x64 swapped K/2 stages 24"),
         (9, 16, "16x64 swapped K/2 stages 8", "16x64 swapped K/2 stages 20"),
-        (17, 64, "64x32 strip K/2 stages 16", "64x64 strip K/2 stages 12"),
+        (17, 32, "64x32 strip K/2 stages 16", "32x64 swapped K/2 stages 16"),
+        (33, 64, "64x32 strip K/2 stages 16", "64x64 strip K/2 stages 12"),
         (65, 128, "64x32 strip K/1 stages 16", "64x32 strip K/1 stages 16"),
     ),
     (24576, 1536): (
         (1, 8, "8x64 swapped K/1 stages 8", None),
-        (17, 32, None, "64x96"),
+        (17, 32, None, "32x64 swapped K/1 stages 4"),
     ),
     (32768, 512): (
-        (9, 16, None, "128x160"),
+        (9, 16, None, "16x128 swapped K/1 stages 4"),
         (17, 32, None, "64x160"),
-        (33, 64, "128x128", "64x160"),
-        (65, 128, "128x128", "128x96"),
+        (33, 64, "128x128", "128x160"),
+        (65, 128, "128x128", "128x160"),
     ),
     (7168, 16384): ((65, 128, "64x128 strip K/1 stages 8", "128x64 strip K/1 stages 8"),),
     (4096, 7168): (
         (33, 48, "64x64 strip K/1 stages 12", "64x32 strip K/1 stages 16"),
-        (49, 64, "64x32 strip K/1 stages 16", "64x32"),
+        (49, 64, "64x32 strip K/1 stages 16", "64x32 strip K/1 stages 16"),
         (65, 128, "64x64 strip K/1 stages 12", "64x64 strip K/1 stages 12"),
     ),
     (7168, 2048): (
-        (1, 8, None, "8x64 swapped K/1 stages 12"),
+        (1, 8, None, "8x128 swapped K/1 stages 12"),
         (9, 16, None, "16x128 swapped K/1 stages 12"),
-        (33, 64, "64x64 strip K/1 stages 12", "64x64"),
+        (17, 64, "64x64 strip K/1 stages 12", "64x64 strip K/1 stages 12"),
         (65, 96, "128x64 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
-        (97, 128, "64x128 strip K/1 stages 8", "64x128 strip K/1 stages 8"),
+        (97, 128, "64x128 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
     ),
 }
 

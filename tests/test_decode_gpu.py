@@ -126,18 +126,24 @@ def test_debug_builds_give_the_same_bits(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
-@pytest.mark.parametrize("shape", [(8, 2112, 7168), (16, 7168, 2048), (64, 576, 1168), (128, 7168, 2048)], ids=str)
-def test_an_early_launch_waits_for_its_producer(shape: tuple[int, int, int], captured: bool):
-    """A kernel that lets ours start before it has written a. Nothing else runs in between; b is old."""
+@pytest.mark.parametrize(
+    "shape", [(8, 2112, 7168), (8, 4096, 512), (16, 7168, 2048), (64, 576, 1168), (128, 7168, 2048)], ids=str
+)
+def test_early_launches_wait_for_their_producer(shape: tuple[int, int, int], captured: bool):
+    """A kernel that lets ours start before it has written a, and after it ours twice. Nothing else runs; b is old.
+
+    With few K blocks the first lets the second start at once. Both have brought the old a into L2 by then.
+    """
     a, b = operands(*shape)
     a = a[0], deep_gemm.get_mn_major_tma_aligned_tensor(a[1])
-    d, untouched = guarded(*shape[:2])
+    (d, untouched), again = guarded(*shape[:2]), torch.empty(*shape[:2], device="cuda", dtype=torch.bfloat16)
     want, values, fresh = exact(a, b), a[0].view(torch.uint8), a[0].view(torch.uint8).clone()
     produce = late.copier(values, fresh)
 
     def produce_and_multiply():
         produce()
         deep_gemm.fp8_gemm_nt(a, b, d)
+        deep_gemm.fp8_gemm_nt(a, b, again)
 
     deep_gemm.set_pdl(True)
     deep_gemm.fp8_gemm_nt(a, b, d)  # is compiled
@@ -147,10 +153,10 @@ def test_an_early_launch_waits_for_its_producer(shape: tuple[int, int, int], cap
             produce_and_multiply()
     for _ in range(20):
         values.fill_(0x7F)
-        d.fill_(float("nan"))
+        d.fill_(float("nan")), again.fill_(float("nan"))
         torch.cuda.synchronize()
         graph.replay() if captured else produce_and_multiply()
-        assert differing(d, want) == 0
+        assert differing(d, want) == 0 and differing(again, want) == 0
     assert untouched()
 
 
