@@ -164,19 +164,19 @@ class Costs:
         numbers = self.table.numbers.get(strip_and_split, ())
         return next((i for i in numbers if self.stages[i] == int(stages) and not self._same[i]), None)
 
-    def plan(self, i: int) -> Plan:
-        """The plan of variant number i."""
-        variant, config = self.table.variants[i], self._config
-        rates = OVERLAPPING if config.pdl else ALONE
+    def plan(self, i: int, apart: bool = False) -> Plan:
+        """The plan of variant number i. apart: it does not overlap with the kernel before, though it might."""
+        variant, pdl = self.table.variants[i], self._config.pdl and not apart
+        rates = OVERLAPPING if pdl else ALONE
         us, start_us, end_us = (
-            self.us(config.pdl)[i].item(),
+            self.us(pdl)[i].item(),
             rates.start / 1e3,
             self.table.area[i].item() * 2 / rates.store / 1e3,
         )
         block_ns = (us - start_us - end_us) * 1e3 / self.blocks[i].item()
         cost = Cost(us, start_us, self.waves[i].item(), block_ns, 0.0, self.memory_us, 0.0, end_us)
         ctas, stages = int(self.ctas[i]), int(self.stages[i])
-        return Plan(self._problem, variant.strip, ctas, 1, 100, config.pdl, cost, stages, variant.split)
+        return Plan(self._problem, variant.strip, ctas, 1, 100, pdl, cost, stages, variant.split)
 
 
 def takes(problem: Problem, device: Device, config: Config) -> bool:

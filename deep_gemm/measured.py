@@ -1,8 +1,9 @@
 """Few rows of DeepSeek-V3's layers: plans that were measured to be faster than what the cost model prefers. Pure.
 
 The model foretells most times within a few percent, and among plans that are that close may pick one 2 to 20 % slower
-than the best. For these layers it is told what was fastest on H100s, alone and overlapping; an H200 has timed none of
-it since the kernel changed (docs/facts.md, planner). Both of a line split K alike, so that `set_pdl` changes no bits.
+than the best. For these layers it is told what was fastest, alone and overlapping, on H100s (whose table all GPUs have
+but the H200) and on H200s (docs/facts.md, planner). Both of a line split K alike, so that `set_pdl` changes no bits.
+APART: it is faster not to overlap.
 
 A line is changed with a sweep at hand: `python -m bench.sweep --few-rows`, with `--pdl` for the last column.
 """
@@ -11,42 +12,80 @@ from __future__ import annotations
 
 from .config import Config
 from .problem import Kind, Problem
+from .runtime import device as devices
 from .runtime.device import Device
 
 NUM_SMS = 132  # of the GPUs that were measured
+APART = " apart"  # after a plan's name: launched as without overlap
 
-# By N, K: first and last M, what is fastest alone, and overlapping; none where the cost model is right.
-PLANS: dict[tuple[int, int], tuple[tuple[int, int, str | None, str | None], ...]] = {
-    (2112, 7168): (
-        (1, 8, "8x64 swapped K/2 stages 12", "8x64 swapped K/2 stages 24"),
-        (9, 16, "16x64 swapped K/2 stages 8", "16x64 swapped K/2 stages 20"),
-        (17, 32, "64x32 strip K/2 stages 16", "32x64 swapped K/2 stages 16"),
-        (33, 64, "64x32 strip K/2 stages 16", "64x64 strip K/2 stages 12"),
-        (65, 128, "64x32 strip K/1 stages 16", "64x32 strip K/1 stages 16"),
-    ),
-    (24576, 1536): (
-        (1, 8, "8x64 swapped K/1 stages 8", None),
-        (17, 32, None, "32x64 swapped K/1 stages 4"),
-    ),
-    (32768, 512): (
-        (9, 16, None, "16x128 swapped K/1 stages 4"),
-        (17, 32, None, "64x160"),
-        (33, 64, "128x128", "128x160"),
-        (65, 128, "128x128", "128x160"),
-    ),
-    (7168, 16384): ((65, 128, "64x128 strip K/1 stages 8", "128x64 strip K/1 stages 8"),),
-    (4096, 7168): (
-        (33, 48, "64x64 strip K/1 stages 12", "64x32 strip K/1 stages 16"),
-        (49, 64, "64x32 strip K/1 stages 16", "64x32 strip K/1 stages 16"),
-        (65, 128, "64x64 strip K/1 stages 12", "64x64 strip K/1 stages 12"),
-    ),
-    (7168, 2048): (
-        (1, 8, None, "8x128 swapped K/1 stages 12"),
-        (9, 16, None, "16x128 swapped K/1 stages 12"),
-        (17, 64, "64x64 strip K/1 stages 12", "64x64 strip K/1 stages 12"),
-        (65, 96, "128x64 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
-        (97, 128, "64x128 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
-    ),
+Lines = tuple[tuple[int, int, str | None, str | None], ...]
+
+# By GPU and N, K: first and last M, what is fastest alone, and overlapping; none where the cost model is right.
+PLANS: dict[str, dict[tuple[int, int], Lines]] = {
+    "H100": {
+        (2112, 7168): (
+            (1, 8, "8x64 swapped K/2 stages 12", "8x64 swapped K/2 stages 24"),
+            (9, 16, "16x64 swapped K/2 stages 8", "16x64 swapped K/2 stages 20"),
+            (17, 32, "64x32 strip K/2 stages 16", "32x64 swapped K/2 stages 16"),
+            (33, 64, "64x32 strip K/2 stages 16", "64x64 strip K/2 stages 12"),
+            (65, 128, "64x32 strip K/1 stages 16", "64x32 strip K/1 stages 16"),
+        ),
+        (24576, 1536): (
+            (1, 8, "8x64 swapped K/1 stages 8", None),
+            (17, 32, None, "32x64 swapped K/1 stages 4"),
+        ),
+        (32768, 512): (
+            (9, 16, None, "16x128 swapped K/1 stages 4"),
+            (17, 32, None, "64x160"),
+            (33, 64, "128x128", "128x160"),
+            (65, 128, "128x128", "128x160"),
+        ),
+        (7168, 16384): ((65, 128, "64x128 strip K/1 stages 8", "128x64 strip K/1 stages 8"),),
+        (4096, 7168): (
+            (33, 48, "64x64 strip K/1 stages 12", "64x32 strip K/1 stages 16"),
+            (49, 64, "64x32 strip K/1 stages 16", "64x32 strip K/1 stages 16"),
+            (65, 128, "64x64 strip K/1 stages 12", "64x64 strip K/1 stages 12"),
+        ),
+        (7168, 2048): (
+            (1, 8, None, "8x128 swapped K/1 stages 12"),
+            (9, 16, None, "16x128 swapped K/1 stages 12"),
+            (17, 64, "64x64 strip K/1 stages 12", "64x64 strip K/1 stages 12"),
+            (65, 96, "128x64 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
+            (97, 128, "64x128 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
+        ),
+    },
+    "H200": {
+        (2112, 7168): (
+            (1, 8, "8x64 swapped K/2 stages 12", "8x64 swapped K/2 stages 24"),
+            (9, 16, "16x64 swapped K/2 stages 8", "16x64 swapped K/2 stages 20"),
+            (17, 32, "64x32 strip K/2 stages 16", "32x64 swapped K/2 stages 16"),
+            (33, 64, "64x32 strip K/2 stages 16", "64x64 strip K/2 stages 12"),
+            (65, 128, "64x32 strip K/1 stages 16", "64x32 strip K/1 stages 16"),
+        ),
+        (24576, 1536): (
+            (1, 8, "8x64 swapped K/1 stages 8", None),
+            (17, 32, None, "32x64 swapped K/1 stages 4"),
+        ),
+        (32768, 512): (
+            (9, 16, None, "16x128 swapped K/1 stages 4"),
+            (17, 32, None, "64x160"),
+            (33, 64, "128x128", "128x160"),
+            (65, 128, "128x128", "128x160"),
+        ),
+        (7168, 16384): ((65, 128, "64x128 strip K/1 stages 8", "128x64 strip K/1 stages 8"),),
+        (4096, 7168): (
+            (33, 48, "64x64 strip K/1 stages 12", "64x32 strip K/1 stages 16"),
+            (49, 64, "64x32 strip K/1 stages 16", "64x32 strip K/1 stages 16"),
+            (65, 128, "64x64 strip K/1 stages 12", "64x64 strip K/1 stages 12"),
+        ),
+        (7168, 2048): (
+            (1, 8, None, "8x128 swapped K/1 stages 12"),
+            (9, 16, None, "16x128 swapped K/1 stages 12"),
+            (17, 64, "64x64 strip K/1 stages 12", "64x64 strip K/1 stages 12"),
+            (65, 96, "128x64 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
+            (97, 128, "64x128 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
+        ),
+    },
 }
 
 
@@ -54,7 +93,8 @@ def fastest(problem: Problem, device: Device, config: Config) -> tuple[str | Non
     """The names (`Plan.name`) of the plans that were fastest, alone and overlapping, where that is known better."""
     whole = device.num_sms == NUM_SMS == (config.num_sms or NUM_SMS) and config.tc_util == 100
     if problem.kind == Kind.DENSE and not problem.column_scales and whole:
-        for first, last, alone, overlapping in PLANS.get((problem.n, problem.k), ()):
+        plans = PLANS["H200" if device.memory_gbps == devices.H200.memory_gbps else "H100"]
+        for first, last, alone, overlapping in plans.get((problem.n, problem.k), ()):
             if first <= problem.m <= last:
                 return alone, overlapping
     return None, None

@@ -12,12 +12,12 @@ from test_plan import MAX_MOVES, moves_to_uniform_registers
 from deep_gemm import decode, heuristics, measured, reference
 from deep_gemm.config import Config
 from deep_gemm.errors import InvalidInputError
-from deep_gemm.plan import Strip
+from deep_gemm.plan import Strip, Tile
 from deep_gemm.problem import Kind, Problem
 from deep_gemm.quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 from deep_gemm.runtime import sass
 from deep_gemm.runtime.compiler import compile_many
-from deep_gemm.runtime.device import H200, Device
+from deep_gemm.runtime.device import H200, Device, named
 
 
 @pytest.mark.parametrize("wait_limit", [0, 2], ids=["release", "debug"])
@@ -86,14 +86,31 @@ def test_overlap_does_not_change_bits():
 
 def test_plans_that_were_measured_are_chosen():
     """For every M of their lines, alone and overlapping, on the GPUs that have as many SMs as those measured."""
-    for (n, k), lines in measured.PLANS.items():
-        assert all(a[1] < b[0] for a, b in pairwise(lines))
-        for first, last, *names in lines:
-            assert 1 <= first <= last <= decode.MOST_ROWS
-            for m in range(first, last + 1):
-                plans = [heuristics.choose(Problem(m, n, k), H200, Config(pdl=pdl)) for pdl in (False, True)]
-                assert all(name in (plan.name, None) for plan, name in zip(plans, names, strict=True)), (m, n, k)
-                assert plans[0].split == plans[1].split
+    for gpu, layers in measured.PLANS.items():
+        for (n, k), lines in layers.items():
+            assert all(a[1] < b[0] for a, b in pairwise(lines))
+            for first, last, alone, overlapping in lines:
+                assert 1 <= first <= last <= decode.MOST_ROWS
+                for m in range(first, last + 1):
+                    assert_chosen(Problem(m, n, k), named(f"NVIDIA {gpu}", measured.NUM_SMS), alone, overlapping)
+
+
+def assert_chosen(problem: Problem, device: Device, alone: str | None, overlapping: str | None):
+    plans = [heuristics.choose(problem, device, Config(pdl=pdl)) for pdl in (False, True)]
+    assert alone in (plans[0].name, None) and plans[0].split == plans[1].split
+    if overlapping:
+        assert plans[1].name == overlapping.removesuffix(measured.APART)
+        assert plans[1].pdl is not overlapping.endswith(measured.APART) or isinstance(plans[1].tile, Tile)
+
+
+def test_a_plan_that_was_faster_without_overlap_has_none(monkeypatch: pytest.MonkeyPatch):
+    problem, alone, overlapping = Problem(128, 7168, 16384), "64x128 strip K/1 stages 8", "128x64 strip K/1 stages 8"
+    for name, overlaps in ((overlapping, True), (overlapping + measured.APART, False)):
+        monkeypatch.setitem(measured.PLANS, "H200", {(7168, 16384): ((65, 128, alone, name),)})
+        plans = heuristics.ranked(problem, H200, Config(pdl=True))
+        assert (plans[0].name, plans[0].pdl) == (overlapping, overlaps)
+        assert all(plan.pdl for plan in plans[1:] if isinstance(plan.tile, Strip))
+        assert heuristics.choose(problem, H200).name == alone
 
 
 @pytest.mark.parametrize(
