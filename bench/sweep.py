@@ -33,9 +33,9 @@ from bench import grouped
 from bench.graph import capture
 from bench.run import as_text, commit, machine, on_hopper, slug, versions
 from bench.table import RESULTS
-from deep_gemm import heuristics, problem
+from deep_gemm import heuristics, measured, problem
 from deep_gemm.config import Config
-from deep_gemm.plan import Strip, Tile
+from deep_gemm.plan import Plan, Strip, Tile
 from deep_gemm.problem import Kind, Operands, Problem
 from deep_gemm.quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 from deep_gemm.runtime import device
@@ -125,6 +125,11 @@ def keep_busy(graph: torch.cuda.CUDAGraph, seconds: float) -> None:
         torch.cuda.synchronize()
 
 
+def name_of(plan: Plan, pdl: bool) -> str:
+    """The plan's name, and whether it is launched as without overlap though strips may."""
+    return plan.name + measured.APART * (pdl and isinstance(plan.tile, Strip) and not plan.pdl)
+
+
 def sweep_one(family: str, numbers: list[int], most: int, pdl: bool = False) -> dict[str, float]:
     """Microseconds of each plan, by name. pdl: launches overlap."""
     about = problem_of(family, numbers)
@@ -138,7 +143,7 @@ def sweep_one(family: str, numbers: list[int], most: int, pdl: bool = False) -> 
     for plan in plans:
         launches = len(sets) * max(1, round(REPLAY_US / plan.cost.us / len(sets)))
         graph = capture(lambda x, plan=plan: (launch(plan, x), x.d)[1], sets, launches)
-        graphs[plan.name] = graph, launches
+        graphs[name_of(plan, pdl)] = graph, launches
     keep_busy(next(iter(graphs.values()))[0], warm_s)
     taken: dict[str, list[float]] = {name: [] for name in graphs}
     for name in (*graphs, *reversed(graphs)):  # there and back, for the GPU grows warmer, and its clock slower
@@ -176,11 +181,12 @@ def outcomes(path: Path) -> Iterator[Outcome]:
     """What the cost model chooses for every problem of a sweep, on the GPU that was swept."""
     swept = json.loads(path.read_text())
     gpu = device.named(swept["machine"]["gpu"], swept["machine"]["sms"])
+    pdl = swept.get("pdl", False)
     for row in swept["rows"]:
         us = {name: time for name, time in zip(swept["tiles"].split(" | "), row["us"], strict=True) if time}
         us |= row.get("strips", {})
-        plan = heuristics.choose(problem_of(row["family"], row["shape"]), gpu, Config(pdl=swept.get("pdl", False)))
-        name, fastest = plan.name, min(us, key=us.__getitem__)
+        plan = heuristics.choose(problem_of(row["family"], row["shape"]), gpu, Config(pdl=pdl))
+        name, fastest = name_of(plan, pdl), min(us, key=us.__getitem__)
         yield Outcome(row["family"], row["shape"], name, us.get(name), plan.cost.us, fastest, us[fastest])
 
 
