@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
@@ -137,6 +138,7 @@ def sweep_one(family: str, numbers: list[int], most: int, pdl: bool = False) -> 
     plans = [plan for kind in (Tile, Strip) for plan in [x for x in every if isinstance(x.tile, kind)][:most]]
     # Few rows wait for memory, not for power: then there is nothing that has to settle.
     warm_s, settle_s = (0.02, 0.0) if family == grouped.DENSE and about.m <= max(FEW_MS) else (WARM_S, SETTLE_S)
+    plans += [replace(plan, pdl=True) for plan in plans if name_of(plan, pdl) != plan.name]  # overlapping, too
     random.Random(str(numbers)).shuffle(plans)
     sets = [operands_of(family, numbers) for _ in range(max(2, min(8, int(3e8 / about.bytes) + 1)))]
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
