@@ -253,7 +253,8 @@ class _Options:
             i = self._find(name.removesuffix(measured.APART)) if name else None
             if name and i is not None and np.isfinite(us[i]):
                 us[i] = 0.99 * us.min()  # whatever the model foretells, which `plan` still reports
-                self._apart = i if name.endswith(measured.APART) else None
+                if name.endswith(measured.APART):
+                    self._apart = i
         self.any = bool(np.isfinite(self._us[0]).any())
 
     def _find(self, name: str) -> int | None:

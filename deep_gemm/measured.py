@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from .config import Config
 from .problem import Kind, Problem
-from .runtime import device as devices
-from .runtime.device import Device
+from .runtime.device import H200, Device
 
 NUM_SMS = 132  # of the GPUs that were measured
 APART = " apart"  # after a plan's name: launched as without overlap
@@ -105,7 +104,7 @@ def fastest(problem: Problem, device: Device, config: Config) -> tuple[str | Non
     """The names (`Plan.name`) of the plans that were fastest, alone and overlapping, where that is known better."""
     whole = device.num_sms == NUM_SMS == (config.num_sms or NUM_SMS) and config.tc_util == 100
     if problem.kind == Kind.DENSE and not problem.column_scales and whole:
-        plans = PLANS["H200" if device.memory_gbps == devices.H200.memory_gbps else "H100"]
+        plans = PLANS["H200" if device.memory_gbps == H200.memory_gbps else "H100"]
         for first, last, alone, overlapping in plans.get((problem.n, problem.k), ()):
             if first <= problem.m <= last:
                 return alone, overlapping
