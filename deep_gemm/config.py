@@ -76,7 +76,8 @@ def set_pdl(enable: bool) -> None:
 
     A dense multiplication then reads b and its scales before the kernel right before it on the stream has ended, and
     waits for that one before it reads a or writes d. So the contract: neither that kernel nor one that it overlaps with
-    writes b or b's scales. (Weights never are.) Results do not change. In CUDA graphs it holds likewise.
+    writes b or b's scales; behind several multiplications in a row, nor does the kernel before them. (Weights never are
+    written.) Results do not change. In CUDA graphs it holds likewise.
 
     Raises: InvalidInputError for anything but True and False.
     """
