@@ -57,7 +57,8 @@ def strips() -> tuple[Strip, ...]:
     """Every strip that the planner chooses from. None spills registers."""
     shapes = [(tokens, warpgroups) for tokens in (8, 16, 32) for warpgroups in (1, 2, 3)]
     swapped = (make_strip(True, *shape) for shape in shapes if shape != (32, 3))  # which spills
-    return *swapped, *(make_strip(False, width) for width in (32, 64, 128)), make_strip(False, 64, warpgroups=2)
+    tall = (make_strip(False, width, warpgroups=2) for width in (32, 64))
+    return *swapped, *(make_strip(False, width) for width in (32, 64, 112, 128)), *tall
 
 
 class Variant(NamedTuple):
@@ -74,7 +75,7 @@ def variants() -> tuple[Variant, ...]:
     found: list[Variant] = []
     for strip in strips():
         for split in SPLITS:
-            if 4 * strip.warpgroups % split or (strip.block_m > 64 and split > 1):  # whose sums would take too long
+            if 4 * strip.warpgroups % split or (strip.block_m > 64 and split > 2):  # whose sums would take too long
                 continue
             for residents in range(1, strip.ctas_per_sm + 1):
                 room = min(SM_SMEM_BYTES // residents - RESERVED_SMEM_BYTES, strip.smem_bytes)

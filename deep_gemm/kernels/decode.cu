@@ -25,6 +25,7 @@ constexpr uint32_t AHEAD = 4;                       // stages that are filled wh
 constexpr int WARPS = CONSUMERS / 32;
 constexpr int SUM = PIECES * 512;                   // bytes of a warp's sums
 constexpr int ROW = WIDTH * 2 + 16;                 // bytes of a row of the tile in shared memory: padded against bank conflicts
+constexpr int B_SCALES = SWAPPED || 128 % WIDTH == 0 ? 1 : 2;  // columns of scales that a warpgroup's rows of b can touch
 constexpr int A_SCALES = SWAPPED ? WIDTH / 4 : 2;   // that a thread needs of a K block
 constexpr int SCALES = TOKENS < 32 ? 32 : TOKENS;   // of one stage, which starts at a multiple of 128 bytes
 static_assert(SWAPPED || HEIGHT * ROW <= (TOKENS + BLOCK_N) * BLOCK_K, "a tile's rows take more than one stage's operands");
@@ -117,8 +118,9 @@ class Consumer {
     const bool reused;                              // stages are, by later K blocks
     const uint32_t nothing;                         // of the problem
     const float* b_scales;                          // of the warpgroup's rows and this CTA's K blocks
-    int64_t b_scale_stride;
-    float b_scale, next_b_scale;                    // of K block `lane` of these 32, and of the next
+    int64_t b_scale_stride, second_b_scales;        // from one K block to the next; to the second column of scales, which
+    int boundary = 128 - work.n % 128;              // begins here
+    float b_scale[B_SCALES], next_b_scale[B_SCALES];  // of K block `lane` of these 32, and of the next
     uint32_t sums, stride;                          // what the others send of the warp's part, one after the other, and
     uint32_t mailbox, mailbox_barrier;              // where the warp's own go, and what counts them
     uint32_t warp = warp_index(), lane = threadIdx.x % 32, row = warp * 16 + lane / 4;  // of wgmma, and 8 more
@@ -126,7 +128,17 @@ class Consumer {
     float result[WIDTH / 2] = {};                   // rows lane / 4 and 8 more of the warp's 16, by columns
     float partial[2][WIDTH / 2] = {};               // what the tensor cores add up: of one K block, and of the next
 
-    DEVICE float load_b_scale(uint32_t block) const { return block < work.blocks ? b_scales[block * b_scale_stride] : 0; }
+    DEVICE void load_b_scales(float (&b)[B_SCALES], uint32_t block) const {
+#pragma unroll
+        for (int i = 0; i < B_SCALES; ++i) b[i] = block < work.blocks ? b_scales[block * b_scale_stride + i * second_b_scales] : 0;
+    }
+
+    // Goes on to the next 32 K blocks, of which `block` is the first.
+    DEVICE void next_b_scales(uint32_t block) {
+#pragma unroll
+        for (int i = 0; i < B_SCALES; ++i) b_scale[i] = next_b_scale[i];
+        load_b_scales(next_b_scale, block + 32 + lane);
+    }
 
     // Queues the four wgmma of the K block that lies `i` stages behind `first`.
     DEVICE void multiply(float (&bank)[WIDTH / 2], uint32_t first, int i) {
@@ -161,10 +173,10 @@ class Consumer {
     // lie one behind the other, for there is a multiple of UNROLL, or none is used again: so addresses are the first one's and a constant.
     // Whatever is computed between two K blocks, copies and tensor cores wait for.
     template <int BLOCKS> DEVICE void accumulate(uint32_t block) {
-        float a_scales[2][A_SCALES], b[BLOCKS];
+        float a_scales[2][A_SCALES], b[BLOCKS * B_SCALES];
         const uint32_t first = pipe.stage;
 #pragma unroll
-        for (int i = 0; i < BLOCKS; ++i) b[i] = __shfl_sync(~0u, b_scale, (block + i) % 32);
+        for (int i = 0; i < BLOCKS * B_SCALES; ++i) b[i] = __shfl_sync(~0u, b_scale[i % B_SCALES], (block + i / B_SCALES) % 32);
         pin(b);                                     // ptxas would take each from its lane only when it is wanted
 #pragma unroll
         for (int i = 0; i <= BLOCKS; ++i) {
@@ -181,12 +193,16 @@ class Consumer {
             else wgmma_wait<0>();
             pin(bank);
             if (reused) release(first + done, a[A_SCALES - 1]);
-            float s[A_SCALES];
+            float s[B_SCALES][A_SCALES];
 #pragma unroll
-            for (int j = 0; j < A_SCALES; ++j) s[j] = __fmul_rn(a[j], b[done]);
+            for (int j = 0; j < B_SCALES * A_SCALES; ++j)
+                s[j / A_SCALES][j % A_SCALES] = __fmul_rn(a[j % A_SCALES], b[done * B_SCALES + j / A_SCALES]);
 #pragma unroll
-            for (int j = 0; j < WIDTH / 2; ++j)
-                result[j] = __fmaf_rn(s[SWAPPED ? j / 4 * 2 + j % 2 : j / 2 % 2], bank[j], result[j]);
+            for (int j = 0; j < WIDTH / 2; ++j) {
+                const bool second = B_SCALES == 2 && j / 4 * 8 >= boundary;
+                const int k = SWAPPED ? j / 4 * 2 + j % 2 : j / 2 % 2;
+                result[j] = __fmaf_rn(second ? s[B_SCALES - 1][k] : s[0][k], bank[j], result[j]);
+            }
         }
         pipe.advance(smem.stages, BLOCKS);
     }
@@ -199,7 +215,8 @@ public:
         const uint32_t row = min(work.n + (SWAPPED ? warp / 4 * 64 : 0), problem.n - 1) / 128;
         b_scale_stride = problem.b_scale_stride_k;
         b_scales = problem.b_scales + row * problem.b_scale_stride_n + work.first * b_scale_stride;
-        b_scale = load_b_scale(lane), next_b_scale = load_b_scale(32 + lane);
+        second_b_scales = (row + 1) * 128 < problem.n ? problem.b_scale_stride_n : 0;
+        load_b_scales(b_scale, lane), load_b_scales(next_b_scale, 32 + lane);
         const uint32_t owner = warp * work.split / WARPS, share = WARPS >> __popc(work.split - 1);
         own = owner == work.rank, stride = share * SUM;
         sums = smem.sums() + (warp - owner * share) * SUM + lane * 16;
@@ -210,10 +227,10 @@ public:
     DEVICE void multiply() {
         uint32_t block = 0;
         for (; any(block + UNROLL <= work.blocks); block += UNROLL) {
-            if (block > 0 && block % 32 == 0) b_scale = next_b_scale, next_b_scale = load_b_scale(block + 32 + lane);
+            if (block > 0 && block % 32 == 0) next_b_scales(block);
             accumulate<UNROLL>(block);
         }
-        if (block > 0 && block % 32 == 0) b_scale = next_b_scale;
+        if (block > 0 && block % 32 == 0) next_b_scales(block);
         constexpr uint32_t HALF = UNROLL / 2;
         for (; HALF > 2 && any(block + HALF <= work.blocks); block += HALF) accumulate<HALF>(block);
         for (; any(block < work.blocks); ++block) accumulate<1>(block);
@@ -232,7 +249,7 @@ public:
     // Adds up what the others have sent and the warp's own sums, in the order of K; as much at a time as there are registers for.
     DEVICE void add() {
         wait<true>(smem.received(), 0);
-        constexpr int AT_ONCE = PIECES < 8 ? PIECES : 8;
+        constexpr int AT_ONCE = PIECES < 8 ? PIECES : PIECES % 8 ? PIECES / 2 : 8;
 #pragma unroll
         for (int first = 0; first < PIECES; first += AT_ONCE) {
             float total[AT_ONCE * 4];
