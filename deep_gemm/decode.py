@@ -47,7 +47,7 @@ class Rates(NamedTuple):
     uneven: float  # more of memory's time, if the last turn of CTAs leaves room for as many as there are (a number)
 
 
-ALONE = Rates(1644, 150, 318, 131, 10.9, 13.8, 1.023, 102, 24_000, 1174, 100, 9.6, 17.6, 79.6, 5.13, 0.157, 0.161)
+ALONE = Rates(1824, 150, 318, 131, 10.9, 13.8, 1.023, 102, 19_200, 1174, 118, 9.6, 17.6, 79.6, 5.13, 0.157, 0.161)
 OVERLAPPING = Rates(186, 1111, 370, 72.5, 13.7, 20.9, 1.079, 144, 137_000, 1073, 12.5, 12, 29.4, 542, 1.76, 0, 0.084)
 _BOTH: Any = Rates(*np.array([ALONE, OVERLAPPING]).T[:, :, None])  # each figure a column of two
 
