@@ -27,7 +27,7 @@ PLANS: dict[str, dict[tuple[int, int], Lines]] = {
             (9, 16, "16x64 swapped K/2 stages 8", "16x64 swapped K/2 stages 20"),
             (17, 32, "64x32 strip K/2 stages 16", "32x64 swapped K/2 stages 16"),
             (33, 64, "64x32 strip K/2 stages 16", "64x64 strip K/2 stages 12"),
-            (65, 128, "64x32 strip K/1 stages 16", "64x32 strip K/1 stages 16"),
+            (65, 128, "128x32 strip K/2 stages 8", "128x32 strip K/2 stages 8"),
         ),
         (24576, 1536): (
             (1, 8, "8x64 swapped K/1 stages 8", None),
@@ -59,7 +59,7 @@ PLANS: dict[str, dict[tuple[int, int], Lines]] = {
             (9, 16, "16x64 swapped K/4 stages 8", "16x192 swapped K/4 stages 8"),
             (17, 32, "64x32 strip K/2 stages 16", "32x64 swapped K/2 stages 16"),
             (33, 64, "64x32 strip K/2 stages 16", "64x64 strip K/2 stages 12"),
-            (65, 128, "64x32 strip K/1 stages 16", "64x32 strip K/1 stages 16"),
+            (65, 128, "128x32 strip K/2 stages 8", "128x32 strip K/2 stages 8"),
         ),
         (24576, 1536): (
             (1, 8, "8x64 swapped K/1 stages 8", "8x192 swapped K/1 stages 8"),
@@ -78,8 +78,8 @@ PLANS: dict[str, dict[tuple[int, int], Lines]] = {
         (7168, 16384): (
             (1, 8, "8x64 swapped K/2 stages 4", "8x64 swapped K/2 stages 12"),
             (9, 16, "16x64 swapped K/2 stages 4", "16x128 swapped K/2 stages 12"),
-            (17, 32, "32x64 swapped K/1 stages 8", "32x64 swapped K/1 stages 16"),
-            (33, 64, "64x64 strip K/2 stages 4", "64x64 strip K/2 stages 4 apart"),
+            (17, 32, "32x64 swapped K/2 stages 4", "64x112 strip K/2 stages 8"),
+            (33, 64, "64x64 strip K/2 stages 4", "64x112 strip K/2 stages 8"),
             (65, 128, "64x128 strip K/1 stages 8", "64x128 strip K/1 stages 8 apart"),
         ),
         (4096, 7168): (
@@ -87,15 +87,25 @@ PLANS: dict[str, dict[tuple[int, int], Lines]] = {
             (9, 16, "16x64 swapped K/2 stages 8", "16x64 swapped K/2 stages 20"),
             (17, 32, "32x64 swapped K/2 stages 8", "32x64 swapped K/2 stages 16"),
             (33, 64, "64x32 strip K/1 stages 16", "64x32 strip K/1 stages 16"),
-            (65, 128, "64x64 strip K/1 stages 12", "64x64 strip K/1 stages 12 apart"),
+            (65, 128, "128x64 strip K/2 stages 8", "128x64 strip K/2 stages 8"),
         ),
         (7168, 2048): (
             (1, 8, "8x64 swapped K/2 stages 4", "8x64 swapped K/2 stages 8"),
             (9, 16, "16x64 swapped K/1 stages 8", "16x128 swapped K/1 stages 12"),
             (17, 32, "64x32 strip K/1 stages 8", "32x64 swapped K/1 stages 8"),
-            (33, 64, "64x64 strip K/1 stages 12", "64x128 strip K/1 stages 8"),
+            (33, 64, "64x64 strip K/1 stages 12", "64x64 strip K/1 stages 12"),
             (65, 128, "128x64 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
         ),
+    },
+}
+
+# The same of many groups, masked, by the rows that are expected of each; alone and overlapping alike.
+MANY = 16  # groups
+MASKED: dict[str, dict[tuple[int, int], tuple[tuple[int, int, str], ...]]] = {
+    "H100": {},
+    "H200": {
+        (4096, 7168): ((176, 208, "128x256 cluster 2x1 in parts"),),
+        (7168, 2048): ((176, 208, "128x256 cluster 2x1"),),
     },
 }
 
@@ -103,9 +113,13 @@ PLANS: dict[str, dict[tuple[int, int], Lines]] = {
 def fastest(problem: Problem, device: Device, config: Config) -> tuple[str | None, str | None]:
     """The names (`Plan.name`) of the plans that were fastest, alone and overlapping, where that is known better."""
     whole = device.num_sms == NUM_SMS == (config.num_sms or NUM_SMS) and config.tc_util == 100
+    gpu, layer = "H200" if device.memory_gbps == H200.memory_gbps else "H100", (problem.n, problem.k)
     if problem.kind == Kind.DENSE and not problem.column_scales and whole:
-        plans = PLANS["H200" if device.memory_gbps == H200.memory_gbps else "H100"]
-        for first, last, alone, overlapping in plans.get((problem.n, problem.k), ()):
+        for first, last, alone, overlapping in PLANS[gpu].get(layer, ()):
             if first <= problem.m <= last:
                 return alone, overlapping
+    if problem.kind == Kind.MASKED and problem.groups >= MANY and whole:
+        for first, last, name in MASKED[gpu].get(layer, ()):
+            if first <= problem.rows / problem.groups <= last:
+                return name, name
     return None, None
