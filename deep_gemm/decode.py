@@ -1,6 +1,7 @@
 """Which strip of the kernel for few rows (kernels/decode.cu), into how many parts K is split, and what that costs.
 
-The cost model's constants were fitted to sweeps on an H100 (docs/facts.md, planner). Pure, like heuristics.py.
+The cost model's constants were fitted to sweeps on an H100, those of launches alone on an H200 as well (docs/facts.md,
+planner). Pure, like heuristics.py.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Few rows of DeepSeek-V3's layers: plans that were measured to be faster than what the cost model prefers. Pure.
+"""DeepSeek-V3's layers: plans that were measured to be faster than what the cost model prefers. Pure.
 
-The model foretells most times within a few percent, and among plans that are that close may pick one 2 to 20 % slower
-than the best. For these layers it is told what was fastest, alone and overlapping, on H100s (whose table all GPUs have
-but the H200) and on H200s (docs/facts.md, planner). Both of a line split K alike, so that `set_pdl` changes no bits.
-APART: it is faster not to overlap.
+The model foretells most times of few rows within a few percent, and among plans that are that close may pick one 2 to
+20 % slower than the best. For these layers it is told what was fastest, alone and overlapping, on H100s (whose tables
+all GPUs have but the H200) and on H200s (docs/facts.md, planner). Both of a line split K alike, so that `set_pdl`
+changes no bits. APART: it is faster not to overlap.
 
 A line is changed with a sweep at hand: `python -m bench.sweep --few-rows`, with `--pdl` for the last column.
 """
