@@ -69,7 +69,8 @@ PLANS: dict[str, dict[tuple[int, int], Lines]] = {
             (65, 128, "128x96", "128x96"),
         ),
         (32768, 512): (
-            (1, 8, "8x128 swapped K/1 stages 4", "8x192 swapped K/1 stages 4"),
+            (1, 3, "8x128 swapped K/1 stages 4", "8x192 swapped K/1 stages 4"),
+            (4, 8, "8x128 swapped K/1 stages 4", "8x128 swapped K/1 stages 4"),
             (9, 16, "16x64 swapped K/1 stages 4", "16x128 swapped K/1 stages 4"),
             (17, 32, "32x128 swapped K/1 stages 4", "64x160"),
             (33, 64, "192x128", "64x160"),

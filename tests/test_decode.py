@@ -2,7 +2,7 @@
 
 import random
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -93,6 +93,18 @@ def test_plans_that_were_measured_are_chosen():
                 assert 1 <= first <= last <= decode.MOST_ROWS
                 for m in range(first, last + 1):
                     assert_chosen(Problem(m, n, k), named(f"NVIDIA {gpu}", measured.NUM_SMS), alone, overlapping)
+
+
+def test_tiles_that_were_measured_for_many_groups_are_chosen():
+    """For every number of rows of their lines, overlapping or not; by the whole of such a GPU alone."""
+    for gpu, layers in measured.MASKED.items():
+        device = named(f"NVIDIA {gpu}", measured.NUM_SMS)
+        for (n, k), lines in layers.items():
+            for (first, last, name), groups in product(lines, (measured.MANY, 32)):
+                for rows in (first, (first + last) // 2, last):
+                    problem = Problem(4096, n, k, Kind.MASKED, groups, rows)
+                    assert {heuristics.choose(problem, device, Config(pdl=pdl)).name for pdl in (False, True)} == {name}
+                    assert measured.fastest(problem, device, Config(num_sms=measured.NUM_SMS - 2)) == (None, None)
 
 
 def assert_chosen(problem: Problem, device: Device, alone: str | None, overlapping: str | None):

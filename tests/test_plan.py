@@ -153,50 +153,55 @@ def test_no_tile_goes_without_rows_where_they_are_shared_out():
 
 
 MANY_ROWS, ON_H100, ON_H200 = "h200", "h100-80gb-hbm3-few-rows", "h200-few-rows"
-LATER = "128x256 cluster 2x1 in parts"  # than the sweep of many rows
+# Of other cards, without strips of 128 rows in 2 parts and of 112 columns; the second of DeepSeek-V3's layers alone.
+EARLIER_ON_H100, EARLIER_ON_H200 = "h100-80gb-hbm3-fewer-plans-few-rows", "h200-deepseek-few-rows"
 
 
 @pytest.mark.parametrize(
-    "name, median, mean, worst, off",
+    "name, later, median, mean, worst, off",
     [
-        (MANY_ROWS, 1.005, 1.01, 1.1, 0.05),
-        (ON_H100, 1.006, 1.015, 1.15, 0.05),
-        (ON_H200, 1.005, 1.02, 1.15, 0.05),
-        (f"{ON_H100}-overlapping", 1.005, 1.025, 1.25, 0.07),
-        (f"{ON_H200}-overlapping", 1.005, 1.025, 1.25, 0.07),
+        (MANY_ROWS, 1, 1.005, 1.01, 1.1, 0.05),
+        (ON_H100, 0, 1.005, 1.015, 1.15, 0.05),
+        (ON_H200, 0, 1.005, 1.018, 1.15, 0.05),
+        (f"{ON_H100}-overlapping", 0, 1.005, 1.022, 1.25, 0.07),
+        (f"{ON_H200}-overlapping", 0, 1.005, 1.022, 1.25, 0.07),
+        (EARLIER_ON_H100, 8, 1.005, 1.015, 1.15, 0.05),
+        (f"{EARLIER_ON_H100}-overlapping", 21, 1.005, 1.02, 1.25, 0.07),
+        (EARLIER_ON_H200, 4, 1.005, 1.01, 1.05, 0.07),
+        (f"{EARLIER_ON_H200}-overlapping", 8, 1.005, 1.01, 1.06, 0.09),
     ],
 )
-def test_choices_hold_against_a_sweep(name: str, median: float, mean: float, worst: float, off: float):
-    """What the chosen tiles took, beside the fastest of all, and beside what the model foretold."""
-    outcomes = sweep.outcomes(max(sweep.SWEEPS.glob(f"*[0-9]-{name}.json")))
-    found = [x for x in outcomes if name != MANY_ROWS or x.chosen != LATER]
-    assert len(found) > 150
+def test_choices_hold_against_a_sweep(name: str, later: int, median: float, mean: float, worst: float, off: float):
+    """What the chosen tiles took, beside the fastest of all, and what the model foretold. later: that came after it."""
+    found = list(sweep.outcomes(max(sweep.SWEEPS.glob(f"*[0-9]-{name}.json"))))
+    assert len(found) > (60 if name.startswith(EARLIER_ON_H200) else 150)
     behind = [x.chosen_us / x.fastest_us for x in found if x.chosen_us]
-    assert len(behind) == len(found)  # the chosen tile was timed
+    assert len(behind) >= len(found) - later  # the chosen tile was timed
     assert statistics.median(behind) < median
     assert statistics.mean(behind) < mean
     assert max(behind) < worst
     assert statistics.median(abs(x.foretold_us / x.chosen_us - 1) for x in found if x.chosen_us) < off
 
 
-@pytest.mark.parametrize("name", [ON_H100, ON_H200])
-def test_measured_plans_hold_against_sweeps(name: str, monkeypatch: pytest.MonkeyPatch):
-    """Where other plans than the cost model's are chosen, alone and overlapping together they were faster.
-
-    Beside a sweep of another card than those that they were chosen on, which tells two plans apart within some percent.
-    """
-    paths = [max(sweep.SWEEPS.glob(f"*[0-9]-{which}.json")) for which in (name, f"{name}-overlapping")]
+@pytest.mark.parametrize("names", [(ON_H100, EARLIER_ON_H100), (ON_H200, EARLIER_ON_H200)], ids=["H100", "H200"])
+def test_measured_plans_hold_against_sweeps(names: tuple[str, str], monkeypatch: pytest.MonkeyPatch):
+    """Where other plans than the model's are chosen, alone and overlapping, on two cards, together they were faster."""
+    which = [name + overlapping for name in names for overlapping in ("", "-overlapping")]
+    paths = [max(sweep.SWEEPS.glob(f"*[0-9]-{name}.json")) for name in which]
     chosen = [list(sweep.outcomes(path)) for path in paths]
     monkeypatch.setattr(measured, "PLANS", {gpu: {} for gpu in measured.PLANS})
     monkeypatch.setattr(measured, "MASKED", {gpu: {} for gpu in measured.MASKED})
     gains: dict[tuple[int, ...], list[float]] = {}
-    for path, ours in zip(paths, chosen, strict=True):
+    for name, path, ours in zip(which, paths, chosen, strict=True):
         for x, model in zip(ours, sweep.outcomes(path), strict=True):
-            if x.chosen != model.chosen:
-                assert x.chosen_us and model.chosen_us
+            if x.chosen == model.chosen:
+                continue
+            if x.chosen_us and model.chosen_us:
                 gains.setdefault(tuple(x.shape), []).append(model.chosen_us / x.chosen_us)
-    means = [statistics.mean(both) for both in gains.values()]
-    assert len(means) >= 20 and min(means) > 0.96 and statistics.median(means) > 1.02
+            else:
+                assert name.startswith(names[1])  # which has not all plans
+    means = [statistics.mean(every) for every in gains.values()]
+    assert len(means) >= 20 and min(means) > 0.99 and statistics.median(means) > 1.02
 
 
 @pytest.mark.parametrize("name, few_rows, ms", [(MANY_ROWS, False, sweep.MS), (ON_H100, True, sweep.FEW_MS)])
@@ -208,7 +213,7 @@ def test_what_is_swept(name: str, few_rows: bool, ms: tuple[int, ...]):
     path = max(sweep.SWEEPS.glob(f"*[0-9]-{name}.json"))
     *lines, summary = sweep.report(path).splitlines()
     timed = sum(x.chosen_us is not None for x in sweep.outcomes(path))
-    assert len(lines) == len(shapes) and timed >= len(lines) - 1 and summary.startswith(f"{timed} problems. ")
+    assert len(lines) == len(shapes) == timed + (name == MANY_ROWS) and summary.startswith(f"{timed} problems. ")
     assert {(x.family, *x.shape) for x in sweep.outcomes(path)} == {(family, *n) for family, n in shapes}
 
 
@@ -264,7 +269,7 @@ def test_a_sweep_needs_a_gpu_and_a_report_a_file(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("family, numbers", [("dense", [4096, 7168, 2048]), ("contiguous", [8, 4096, 4096, 7168])])
 def test_fewer_sms_take_longer(family: str, numbers: list[int]):
-    """As an H20 and a PCIe ON_H100 have: in proportion at most, and with all of them at work."""
+    """As an H20 and a PCIe H100 have: in proportion at most, and with all of them at work."""
     problem = sweep.problem_of(family, numbers)
     plans = {sms: heuristics.choose(problem, replace(H200, num_sms=sms)) for sms in (78, 114, 132)}
     for fewer, more in ((78, 114), (114, 132), (78, 132)):
