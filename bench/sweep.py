@@ -21,7 +21,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
@@ -34,9 +33,9 @@ from bench import grouped
 from bench.graph import capture
 from bench.run import as_text, commit, machine, on_hopper, slug, versions
 from bench.table import RESULTS
-from deep_gemm import heuristics, measured, problem
+from deep_gemm import heuristics, problem
 from deep_gemm.config import Config
-from deep_gemm.plan import Plan, Strip, Tile
+from deep_gemm.plan import Strip, Tile
 from deep_gemm.problem import Kind, Operands, Problem
 from deep_gemm.quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 from deep_gemm.runtime import device
@@ -126,11 +125,6 @@ def keep_busy(graph: torch.cuda.CUDAGraph, seconds: float) -> None:
         torch.cuda.synchronize()
 
 
-def name_of(plan: Plan, pdl: bool) -> str:
-    """The plan's name, and whether it is launched as without overlap though strips may."""
-    return plan.name + measured.APART * (pdl and isinstance(plan.tile, Strip) and not plan.pdl)
-
-
 def sweep_one(family: str, numbers: list[int], most: int, pdl: bool = False) -> dict[str, float]:
     """Microseconds of each plan, by name. pdl: launches overlap."""
     about = problem_of(family, numbers)
@@ -138,14 +132,13 @@ def sweep_one(family: str, numbers: list[int], most: int, pdl: bool = False) -> 
     plans = [plan for kind in (Tile, Strip) for plan in [x for x in every if isinstance(x.tile, kind)][:most]]
     # Few rows wait for memory, not for power: then there is nothing that has to settle.
     warm_s, settle_s = (0.02, 0.0) if family == grouped.DENSE and about.m <= max(FEW_MS) else (WARM_S, SETTLE_S)
-    plans += [replace(plan, pdl=True) for plan in plans if name_of(plan, pdl) != plan.name]  # overlapping, too
     random.Random(str(numbers)).shuffle(plans)
     sets = [operands_of(family, numbers) for _ in range(max(2, min(8, int(3e8 / about.bytes) + 1)))]
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
     for plan in plans:
         launches = len(sets) * max(1, round(REPLAY_US / plan.cost.us / len(sets)))
         graph = capture(lambda x, plan=plan: (launch(plan, x), x.d)[1], sets, launches)
-        graphs[name_of(plan, pdl)] = graph, launches
+        graphs[plan.name] = graph, launches
     keep_busy(next(iter(graphs.values()))[0], warm_s)
     taken: dict[str, list[float]] = {name: [] for name in graphs}
     for name in (*graphs, *reversed(graphs)):  # there and back, for the GPU grows warmer, and its clock slower
@@ -188,8 +181,8 @@ def outcomes(path: Path) -> Iterator[Outcome]:
         us = {name: time for name, time in zip(swept["tiles"].split(" | "), row["us"], strict=True) if time}
         us |= row.get("strips", {})
         plan = heuristics.choose(problem_of(row["family"], row["shape"]), gpu, Config(pdl=pdl))
-        name, fastest = name_of(plan, pdl), min(us, key=us.__getitem__)
-        yield Outcome(row["family"], row["shape"], name, us.get(name), plan.cost.us, fastest, us[fastest])
+        fastest = min(us, key=us.__getitem__)
+        yield Outcome(row["family"], row["shape"], plan.name, us.get(plan.name), plan.cost.us, fastest, us[fastest])
 
 
 def report(path: Path) -> str:

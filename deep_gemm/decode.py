@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .config import Config
-from .plan import BLOCK_K, Cost, Plan, Strip, make_strip, norm
+from .plan import BLOCK_K, IN_PAIRS, PAIR, Cost, Plan, Strip, make_strip, norm
 from .problem import Kind, Problem
 from .runtime.device import Device
 
@@ -134,7 +134,8 @@ class Costs:
         few = (problem.m <= t.block_m) & ((problem.m > t.block_m // 2) | (t.block_m == 8))
         fits = np.where(t.swapped, few, problem.m > np.where(t.block_m == 64, 16, 64)) & (t.split <= problem.k_blocks)
         fits &= (self.stages > 0) & ~self._same & (t.block_m % config.block_m == 0) & (t.block_n % config.block_n == 0)
-        self.legal = fits & ((t.split == 1) | (not config.batch_invariant)) & (t.split <= device.num_sms)
+        fits &= (t.split <= device.num_sms) & ((problem.m <= t.block_m) | (device.num_sms >= PAIR))
+        self.legal = fits & ((t.split == 1) | (not config.batch_invariant))
 
     def _total(self, rates: Any) -> Any:
         """In us, a row for each of the rates."""
@@ -162,13 +163,13 @@ class Costs:
 
     def find(self, name: str) -> int | None:
         """The number of the plan of that name (`Plan.name`)."""
-        strip_and_split, _, stages = name.partition(" stages ")
+        strip_and_split, _, stages = name.removesuffix(IN_PAIRS).partition(" stages ")
         numbers = self.table.numbers.get(strip_and_split, ())
         return next((i for i in numbers if self.stages[i] == int(stages) and not self._same[i]), None)
 
-    def plan(self, i: int, apart: bool = False) -> Plan:
-        """The plan of variant number i. apart: it does not overlap with the kernel before, though it might."""
-        variant, pdl = self.table.variants[i], self._config.pdl and not apart
+    def plan(self, i: int) -> Plan:
+        """The plan of variant number i."""
+        variant, pdl = self.table.variants[i], self._config.pdl
         rates = OVERLAPPING if pdl else ALONE
         us, start_us, end_us = (
             self.us(pdl)[i].item(),

@@ -248,13 +248,10 @@ class _Options:
             of_strips = (np.where(self._strips.legal, self._strips.us(pdl), np.inf) for pdl in (False, True))
             self._us = [np.concatenate(pair) for pair in zip(self._us, of_strips, strict=True)]
             self._split = np.concatenate([self._split, self._strips.table.split])
-        self._apart: int | None = None  # a strip that is launched as without overlap, whatever is asked for
         for us, name in zip(self._us, measured.fastest(problem, device, config), strict=True):
-            i = self._find(name.removesuffix(measured.APART)) if name else None
-            if name and i is not None and np.isfinite(us[i]):
+            i = self._find(name) if name else None
+            if i is not None and np.isfinite(us[i]):
                 us[i] = 0.99 * us.min()  # whatever the model foretells, which `plan` still reports
-                if name.endswith(measured.APART):
-                    self._apart = i
         self.any = bool(np.isfinite(self._us[0]).any())
 
     def _find(self, name: str) -> int | None:
@@ -282,7 +279,7 @@ class _Options:
         if i < tiles:
             return self._tiles.plan(i)
         assert self._strips
-        return self._strips.plan(i - tiles, apart=i == self._apart)
+        return self._strips.plan(i - tiles)
 
 
 def is_legal(tile: Tile, problem: Problem, device: Device, config: Config = DEFAULT) -> bool:

@@ -3,7 +3,7 @@
 The model foretells most times of few rows within a few percent, and among plans that are that close may pick one 2 to
 20 % slower than the best. For these layers it is told what was fastest, alone and overlapping, on H100s (whose tables
 all GPUs have but the H200) and on H200s (docs/facts.md, planner). Both of a line split K alike, so that `set_pdl`
-changes no bits. APART: it is faster not to overlap.
+changes no bits.
 
 A line is changed with a sweep at hand: `python -m bench.sweep --few-rows`, with `--pdl` for the last column.
 """
@@ -15,7 +15,6 @@ from .problem import Kind, Problem
 from .runtime.device import H200, Device
 
 NUM_SMS = 132  # of the GPUs that were measured
-APART = " apart"  # after a plan's name: launched as without overlap
 
 Lines = tuple[tuple[int, int, str | None, str | None], ...]
 
@@ -39,18 +38,18 @@ PLANS: dict[str, dict[tuple[int, int], Lines]] = {
             (33, 64, "128x128", "128x160"),
             (65, 128, "128x128", "128x160"),
         ),
-        (7168, 16384): ((65, 128, "64x128 strip K/1 stages 8", "128x64 strip K/1 stages 8"),),
+        (7168, 16384): ((65, 128, "64x128 strip K/1 stages 8 in pairs", "128x64 strip K/1 stages 8"),),
         (4096, 7168): (
             (33, 48, "64x64 strip K/1 stages 12", "64x32 strip K/1 stages 16"),
             (49, 64, "64x32 strip K/1 stages 16", "64x32 strip K/1 stages 16"),
-            (65, 128, "64x64 strip K/1 stages 12", "64x64 strip K/1 stages 12"),
+            (65, 128, "64x64 strip K/1 stages 12 in pairs", "64x64 strip K/1 stages 12 in pairs"),
         ),
         (7168, 2048): (
             (1, 8, None, "8x128 swapped K/1 stages 12"),
             (9, 16, None, "16x128 swapped K/1 stages 12"),
             (17, 64, "64x64 strip K/1 stages 12", "64x64 strip K/1 stages 12"),
             (65, 96, "128x64 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
-            (97, 128, "64x128 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
+            (97, 128, "64x128 strip K/1 stages 8 in pairs", "128x64 strip K/1 stages 8"),
         ),
     },
     "H200": {
@@ -80,22 +79,23 @@ PLANS: dict[str, dict[tuple[int, int], Lines]] = {
             (1, 8, "8x64 swapped K/2 stages 4", "8x64 swapped K/2 stages 12"),
             (9, 16, "16x64 swapped K/2 stages 4", "16x128 swapped K/2 stages 12"),
             (17, 32, "32x64 swapped K/2 stages 4", "64x112 strip K/2 stages 8"),
-            (33, 64, "64x64 strip K/2 stages 4", "64x112 strip K/2 stages 8"),
-            (65, 128, "64x128 strip K/1 stages 8", "64x128 strip K/1 stages 8 apart"),
+            (33, 48, "64x64 strip K/2 stages 4", "64x112 strip K/2 stages 8"),
+            (49, 64, "64x112 strip K/2 stages 8", "64x112 strip K/2 stages 8"),
+            (65, 128, "64x112 strip K/1 stages 8 in pairs", "64x112 strip K/1 stages 8 in pairs"),
         ),
         (4096, 7168): (
             (1, 8, "8x64 swapped K/2 stages 8", "8x64 swapped K/2 stages 24"),
             (9, 16, "16x64 swapped K/2 stages 8", "16x64 swapped K/2 stages 20"),
             (17, 32, "32x64 swapped K/2 stages 8", "32x64 swapped K/2 stages 16"),
             (33, 64, "64x32 strip K/1 stages 16", "64x32 strip K/1 stages 16"),
-            (65, 128, "128x64 strip K/2 stages 8", "128x64 strip K/2 stages 8"),
+            (65, 128, "64x64 strip K/1 stages 12 in pairs", "64x64 strip K/1 stages 12 in pairs"),
         ),
         (7168, 2048): (
             (1, 8, "8x64 swapped K/2 stages 4", "8x64 swapped K/2 stages 8"),
             (9, 16, "16x64 swapped K/1 stages 8", "16x128 swapped K/1 stages 12"),
             (17, 32, "64x32 strip K/1 stages 8", "32x64 swapped K/1 stages 8"),
             (33, 64, "64x64 strip K/1 stages 12", "64x64 strip K/1 stages 12"),
-            (65, 128, "128x64 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
+            (65, 128, "64x128 strip K/1 stages 8 in pairs", "64x128 strip K/1 stages 8 in pairs"),
         ),
     },
 }

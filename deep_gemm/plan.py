@@ -17,6 +17,8 @@ BLOCK_K = 128
 WARPGROUP = 128  # threads
 MAX_STAGES = 20
 ENTRY = "fp8_gemm"
+PAIR = 2  # CTAs of neighbouring rows of strips
+IN_PAIRS = " in pairs"  # after the name of a plan of strips that come so
 COUNTERS = 16384  # of claimed tiles, in every kernel's memory
 
 # chunk_n and banks of a sole warpgroup where one wgmma of the tile's width would leave too few registers for a second
@@ -299,12 +301,20 @@ class Plan:
     @property
     def name(self) -> str:
         """What tells it from the problem's other plans: the tile's name; of a strip how it is launched, too."""
-        return self.tile.name + (f" K/{self.split} stages {self.stages}" if isinstance(self.tile, Strip) else "")
+        if isinstance(self.tile, Tile):
+            return self.tile.name
+        return f"{self.tile.name} K/{self.split} stages {self.stages}" + IN_PAIRS * (self.cluster > self.split)
 
     @property
     def cluster(self) -> int:
-        """CTAs of a cluster."""
-        return self.tile.cluster if isinstance(self.tile, Tile) else self.split
+        """CTAs of a cluster.
+
+        Of strips those that share a tile; or else, of two rows of strips, the two of a column, for then these are
+        neighbours that start together, and what both ask for comes from L2 once.
+        """
+        if isinstance(self.tile, Tile):
+            return self.tile.cluster
+        return self.split if self.split > 1 or self.problem.m <= self.tile.block_m else PAIR
 
     @property
     def smem_bytes(self) -> int:

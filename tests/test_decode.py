@@ -64,7 +64,9 @@ def test_plans_of_few_rows_are_legal():
                 assert (plan.split, plan.stages) == (1, strip.stages)
                 continue
             tiles = -(-problem.m // strip.block_m) * -(-problem.n // strip.block_n)
-            assert (plan.ctas, plan.cluster) == (tiles * plan.split, plan.split)
+            pairs = plan.split == 1 and problem.m > strip.block_m
+            assert (plan.ctas, plan.cluster) == (tiles * plan.split, 2 if pairs else plan.split)
+            assert plan.ctas % plan.cluster == 0 and plan.name.endswith(" in pairs") is pairs
             assert 1 <= plan.split <= blocks
             most = -(-blocks // plan.split)  # K blocks of a CTA; fewer stages are used again, a turn's at a time
             assert plan.stages == most or (1 <= plan.stages < most and plan.stages % strip.unroll == 0)
@@ -111,18 +113,7 @@ def assert_chosen(problem: Problem, device: Device, alone: str | None, overlappi
     plans = [heuristics.choose(problem, device, Config(pdl=pdl)) for pdl in (False, True)]
     assert alone in (plans[0].name, None) and plans[0].split == plans[1].split
     if overlapping:
-        assert plans[1].name == overlapping.removesuffix(measured.APART)
-        assert plans[1].pdl is not overlapping.endswith(measured.APART) or isinstance(plans[1].tile, Tile)
-
-
-def test_a_plan_that_was_faster_without_overlap_has_none(monkeypatch: pytest.MonkeyPatch):
-    problem, alone, overlapping = Problem(128, 7168, 16384), "64x128 strip K/1 stages 8", "128x64 strip K/1 stages 8"
-    for name, overlaps in ((overlapping, True), (overlapping + measured.APART, False)):
-        monkeypatch.setitem(measured.PLANS, "H200", {(7168, 16384): ((65, 128, alone, name),)})
-        plans = heuristics.ranked(problem, H200, Config(pdl=True))
-        assert (plans[0].name, plans[0].pdl) == (overlapping, overlaps)
-        assert all(plan.pdl for plan in plans[1:] if isinstance(plan.tile, Strip))
-        assert heuristics.choose(problem, H200).name == alone
+        assert plans[1].name == overlapping and (plans[1].pdl or isinstance(plans[1].tile, Tile))
 
 
 @pytest.mark.parametrize(
@@ -182,6 +173,21 @@ def test_all_sms_by_their_number_are_all():
     problem = Problem(1, 2112, 7168)
     by_number = heuristics.choose(problem, H200, Config(num_sms=132))
     assert isinstance(by_number.tile, Strip) and by_number.split == heuristics.choose(problem, H200).split
+
+
+def test_two_rows_of_strips_come_in_pairs():
+    """The CTAs of a column are neighbours in a cluster, but where K is split, or there is but one SM."""
+    clusters = {
+        m: {p.cluster for p in strips_of(m, H200) if p.split == 1 and p.tile.block_m == 64} for m in (64, 65, 128)
+    }
+    assert clusters == {64: {1}, 65: {2}, 128: {2}}
+    assert all(p.cluster == p.split for p in strips_of(128, H200) if p.split > 1 or p.tile.block_m == 128)
+    assert {p.tile.block_m for p in strips_of(128, replace(H200, num_sms=1))} == {128}
+
+
+def strips_of(m: int, device: Device) -> list[Any]:
+    plans = heuristics.ranked(Problem(m, 2112, 7168), device, every_split=True)
+    return [plan for plan in plans if isinstance(plan.tile, Strip)]
 
 
 def test_a_part_of_a_gpu_has_no_larger_clusters():

@@ -26,8 +26,11 @@ constexpr int WARPS = CONSUMERS / 32;
 constexpr int SUM = PIECES * 512;                   // bytes of a warp's sums
 constexpr int ROW = WIDTH * 2 + 16;                 // bytes of a row of the tile in shared memory: padded against bank conflicts
 constexpr int B_SCALES = SWAPPED || 128 % WIDTH == 0 ? 1 : 2;  // columns of scales that a warpgroup's rows of b can touch
+constexpr int RUN = 16;                             // columns of b, which have one scale: tiles begin at multiples of it
+constexpr int RUNS = (WIDTH + RUN - 1) / RUN;
 constexpr int A_SCALES = SWAPPED ? WIDTH / 4 : 2;   // that a thread needs of a K block
 constexpr int SCALES = TOKENS < 32 ? 32 : TOKENS;   // of one stage, which starts at a multiple of 128 bytes
+static_assert(B_SCALES == 1 || WIDTH % RUN == 0, "a run of columns straddles columns of scales");
 static_assert(SWAPPED || HEIGHT * ROW <= (TOKENS + BLOCK_N) * BLOCK_K, "a tile's rows take more than one stage's operands");
 
 // Shared memory, by address: how many stages there are is known at the launch.
@@ -48,11 +51,11 @@ struct Work {
     uint32_t m, n, end;                             // first row and column of the tile, and the first row that is not its own
     uint32_t column;                                // of tiles
     uint32_t first, blocks;                         // K blocks
-    uint32_t rank, split;                           // in the cluster
+    uint32_t rank, split;                           // which part of K, and into how many it is split
 
     DEVICE explicit Work(const Problem& problem) {
-        rank = cluster_rank(), split = cluster_size();
-        const uint32_t shift = __popc(split - 1), tile = blockIdx.x >> shift, rows = (problem.m + TOKENS - 1) / TOKENS;
+        rank = blockIdx.y, split = gridDim.y;
+        const uint32_t shift = __popc(split - 1), tile = blockIdx.x, rows = (problem.m + TOKENS - 1) / TOKENS;
         const uint32_t all = (problem.k + 127) / 128;
         column = rows == 1 ? tile : tile / rows;
         m = (tile - column * rows) * problem.tile_rows, n = column * BLOCK_N, end = min(problem.m, m + problem.tile_rows);
@@ -112,6 +115,11 @@ struct Loader {
     }
 };
 
+// The bits of one number where the mask has ones, and of another where it has zeros.
+DEVICE float blend(uint32_t mask, float ones, float zeros) {
+    return __uint_as_float((mask & __float_as_uint(ones)) | (~mask & __float_as_uint(zeros)));
+}
+
 class Consumer {
     const Storage& smem;
     const Work& work;
@@ -119,7 +127,7 @@ class Consumer {
     const uint32_t nothing;                         // of the problem
     const float* b_scales;                          // of the warpgroup's rows and this CTA's K blocks
     int64_t b_scale_stride, second_b_scales;        // from one K block to the next; to the second column of scales, which
-    int boundary = 128 - work.n % 128;              // begins here
+    uint32_t second[RUNS];                          // these runs have: a mask of ones, or zeros
     float b_scale[B_SCALES], next_b_scale[B_SCALES];  // of K block `lane` of these 32, and of the next
     uint32_t sums, stride;                          // what the others send of the warp's part, one after the other, and
     uint32_t mailbox, mailbox_barrier;              // where the warp's own go, and what counts them
@@ -199,9 +207,9 @@ class Consumer {
                 s[j / A_SCALES][j % A_SCALES] = __fmul_rn(a[j % A_SCALES], b[done * B_SCALES + j / A_SCALES]);
 #pragma unroll
             for (int j = 0; j < WIDTH / 2; ++j) {
-                const bool second = B_SCALES == 2 && j / 4 * 8 >= boundary;
                 const int k = SWAPPED ? j / 4 * 2 + j % 2 : j / 2 % 2;
-                result[j] = __fmaf_rn(second ? s[B_SCALES - 1][k] : s[0][k], bank[j], result[j]);
+                const float scale = B_SCALES == 1 ? s[0][k] : blend(second[j * 2 / RUN], s[B_SCALES - 1][k], s[0][k]);
+                result[j] = __fmaf_rn(scale, bank[j], result[j]);
             }
         }
         pipe.advance(smem.stages, BLOCKS);
@@ -216,6 +224,9 @@ public:
         b_scale_stride = problem.b_scale_stride_k;
         b_scales = problem.b_scales + row * problem.b_scale_stride_n + work.first * b_scale_stride;
         second_b_scales = (row + 1) * 128 < problem.n ? problem.b_scale_stride_n : 0;
+        // Masks, not conditions: a condition would cost ptxas two instructions more for each of them, and K block.
+#pragma unroll
+        for (int i = 0; i < RUNS; ++i) second[i] = (work.n % 128 + i * RUN < 128 ? 0 : ~0u) | nothing;
         load_b_scales(b_scale, lane), load_b_scales(next_b_scale, 32 + lane);
         const uint32_t owner = warp * work.split / WARPS, share = WARPS >> __popc(work.split - 1);
         own = owner == work.rank, stride = share * SUM;

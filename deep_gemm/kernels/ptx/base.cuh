@@ -44,13 +44,6 @@ DEVICE float zero() {
     return value;
 }
 
-// mov.u32 %cluster_nctarank
-DEVICE uint32_t cluster_size() {
-    uint32_t size;
-    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-    return size;
-}
-
 // mov.u32 %cluster_ctarank
 DEVICE uint32_t cluster_rank() {
     uint32_t rank;
