@@ -46,7 +46,8 @@ struct Storage {
 };
 
 // What a CTA multiplies. The first copy waits for it, so nothing is divided: the split is a power of two, and there is mostly one row
-// of tiles.
+// of tiles. Along x of the grid lie tiles, a column's one beside the other, along y the parts of K. A cluster is the parts of a tile,
+// or else the two tiles of a column, which share nothing: they are neighbours only (`Plan.cluster`).
 struct Work {
     uint32_t m, n, end;                             // first row and column of the tile, and the first row that is not its own
     uint32_t column;                                // of tiles
