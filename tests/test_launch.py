@@ -29,10 +29,9 @@ SUCCESS = (cuda.CUresult.CUDA_SUCCESS,)
 REPORT = 99  # the number of the kernel that reports
 
 
-def cluster_of(config: Any) -> tuple[int, int]:
+def cluster_of(config: Any) -> int:
     attribute = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    found = [each.value.clusterDim for each in config.attrs or () if each.id == attribute]
-    return (found[0].x, found[0].y) if found else (1, 1)
+    return next((each.value.clusterDim.x for each in config.attrs or () if each.id == attribute), 1)
 
 
 class Notes:
@@ -71,8 +70,8 @@ class Notes:
         p = args.problem
         self.launched.append(
             SimpleNamespace(
-                kernel=int(kernel), grid=(config.gridDimX, config.gridDimY), threads=config.blockDimX,
-                smem=config.sharedMemBytes, stream=int(config.hStream), cluster=cluster_of(config),
+                kernel=int(kernel), grid=config.gridDimX, threads=config.blockDimX, smem=config.sharedMemBytes,
+                stream=int(config.hStream), cluster=cluster_of(config),
                 problem={name: getattr(p, name) for name, _ in p._fields_}, args=ctypes.addressof(args),
                 attributes=[int(attribute.id) for attribute in config.attrs] if config.numAttrs else [],
             )
@@ -146,8 +145,8 @@ def test_operands_are_described(notes: Notes):
     assert (a_scales.shape, a_scales.pitches[0], a_scales.box) == ([300, 4, 1], 1200, [128, 1, 1])
     assert (d.shape, d.pitches[0], d.box) == ([264, 300, 1], 528, [64, 32, 1])
     (launched,) = notes.launched
-    assert (launched.grid, launched.threads, launched.smem) == ((p.ctas, 1), 384, p.tile.smem_bytes)
-    assert (launched.cluster, launched.stream, launched.kernel) == ((2, 1), 77, 256)
+    assert (launched.grid, launched.threads, launched.smem) == (p.ctas, 384, p.tile.smem_bytes)
+    assert (launched.cluster, launched.stream, launched.kernel) == (2, 77, 256)
     assert fields(launched, "kind", "m", "n", "k", "groups", "band") == [Kind.DENSE, 300, 264, 400, 1, p.band]
     assert fields(launched, "box_rows", "scale_rows", "pace", "clear_padding") == [128, 128, 0, 0]
     assert fields(launched, "b_scales", "b_scale_stride_n", "b_scale_stride_k") == [o.b_scales.data_ptr(), 4, 1]
@@ -166,9 +165,9 @@ def test_operands_of_a_strip_are_described(m: int, box: int, scales: int, notes:
     assert (b.shape, b.box) == ([4000, 264, 1], [128, p.tile.block_n, 1])
     assert (a_scales.shape, a_scales.box) == ([m, 32, 1], [scales, 1, 1])
     (launched,) = notes.launched
-    assert (launched.grid, launched.threads, launched.smem) == ((p.ctas // 4, 4), p.tile.threads, p.smem_bytes)
-    assert launched.cluster == (1, 4)
-    assert fields(launched, "box_rows", "scale_rows", "stages", "counter") == [box, scales, p.stages, 0]
+    assert (launched.grid, launched.threads, launched.smem) == (p.ctas, p.tile.threads, p.smem_bytes)
+    assert (launched.cluster, launched.grid % 4) == (4, 0)
+    assert fields(launched, "box_rows", "scale_rows", "stages", "counter", "band") == [box, scales, p.stages, 0, 4]
     assert fields(launched, "d", "d_stride_m") == [o.d.data_ptr(), 264]
 
 
@@ -191,7 +190,7 @@ def test_few_rows_of_tiles_share_rows_evenly(notes: Notes):
         launch.launch(next(plan for plan in every if plan.tile == tile), operands(96, 264, 400))
         assert notes.encoded[0].box == [128, 48, 1]
         assert fields(notes.launched[0], "tile_rows", "box_rows") == [48, 48]
-        assert notes.launched[0].cluster == ((1, 1) if tile is low else (2, 1))  # strips of a column side by side
+        assert notes.launched[0].cluster == (1 if tile is low else 2)  # strips of a column side by side
         notes.encoded.clear(), notes.launched.clear()
 
 
@@ -307,7 +306,7 @@ def test_groups_along_k_are_described_by_a_kernel(notes: Notes, monkeypatch: pyt
     o = Operands(flat[0], torch.ones(64, 3), flat[1], torch.ones(48, 3), d, layout)
     launch.launch(plan((64, 32), 64, 48, 384, kind=Kind.K_GROUPED, groups=5, alignment=128, column_scales=True), o)
     describing, launched = notes.launched
-    assert (describing.kernel, describing.grid, describing.threads, describing.smem) == (1, (1, 1), 32, 0)
+    assert (describing.kernel, describing.grid, describing.threads, describing.smem) == (1, 1, 32, 0)
     assert launched.kernel == 32 and launched.args == describing.args
     assert fields(launched, "a", "b", "layout") == [flat[0].data_ptr(), flat[1].data_ptr(), layout.data_ptr()]
     assert launched.problem["maps"] and launched.problem["maps"] == describing.problem["maps"]
@@ -348,7 +347,7 @@ def test_no_more_rows_are_asked_for_than_there_are(m: int, rows: int, scale_rows
     assert notes.encoded[0].box == [128, rows, 1]
     assert notes.encoded[2].box == [scale_rows, 1, 1]
     assert fields(notes.launched[0], "box_rows", "scale_rows") == [rows, scale_rows]
-    assert notes.launched[0].cluster == (1, 1)
+    assert notes.launched[0].cluster == 1
 
 
 def test_a_known_layout_replaces_addresses_that_changed(notes: Notes):

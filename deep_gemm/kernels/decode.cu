@@ -45,8 +45,8 @@ struct Storage {
     DEVICE uint32_t sums() const { return round_up(received() + 8, 16); }  // [others][warps that add theirs][SUM]
 };
 
-// What a CTA multiplies. The first copy waits for it, so nothing is divided: the split is a power of two, and there is mostly one row
-// of tiles. Along x of the grid lie tiles, a column's one beside the other, along y the parts of K. A cluster is the parts of a tile,
+// What a CTA multiplies. The first copy waits for it, so nothing is divided: the split is a power of two, and there are one or two
+// rows of tiles. In the grid a tile's parts of K lie beside each other, and so do a column's tiles. A cluster is the parts of a tile,
 // or else the two tiles of a column, which share nothing: they are neighbours only (`Plan.cluster`).
 struct Work {
     uint32_t m, n, end;                             // first row and column of the tile, and the first row that is not its own
@@ -55,11 +55,11 @@ struct Work {
     uint32_t rank, split;                           // which part of K, and into how many it is split
 
     DEVICE explicit Work(const Problem& problem) {
-        rank = blockIdx.y, split = gridDim.y;
-        const uint32_t shift = __popc(split - 1), tile = blockIdx.x, rows = (problem.m + TOKENS - 1) / TOKENS;
+        split = problem.split, rank = cluster_rank() & (split - 1);  // 0 for both tiles of a column
+        const uint32_t shift = __popc(split - 1), tile = blockIdx.x >> shift, two = problem.m > TOKENS;
         const uint32_t all = (problem.k + 127) / 128;
-        column = rows == 1 ? tile : tile / rows;
-        m = (tile - column * rows) * problem.tile_rows, n = column * BLOCK_N, end = min(problem.m, m + problem.tile_rows);
+        column = tile >> two;
+        m = (tile & two) * problem.tile_rows, n = column * BLOCK_N, end = min(problem.m, m + problem.tile_rows);
         first = all * rank >> shift, blocks = (all * (rank + 1) >> shift) - first;
     }
 };

@@ -15,7 +15,10 @@ struct Problem {              // what every launch needs comes first: one line o
     uint32_t kind;
     uint32_t m, n;            // of the output; of one group's, where each has its own
     uint32_t k;               // columns of a; of all groups together where they are grouped along K
-    uint32_t band;            // tile rows that are walked together, so that operands are found in L2
+    union {
+        uint32_t band;        // of tiles: rows of them that are walked together, so that operands are found in L2
+        uint32_t split;       // of strips: into how many parts K is split, a power of two
+    };
     uint32_t tile_rows;       // of a tile: BLOCK_M, or fewer where they are shared out evenly
     uint32_t box_rows;        // rows of a, and
     uint32_t scale_rows;      // of its scales, that one copy brings

@@ -31,7 +31,7 @@ class _ProblemArgs(ctypes.Structure):
         ("m", ctypes.c_uint32),
         ("n", ctypes.c_uint32),
         ("k", ctypes.c_uint32),
-        ("band", ctypes.c_uint32),
+        ("band", ctypes.c_uint32),  # of strips `split`
         ("tile_rows", ctypes.c_uint32),
         ("box_rows", ctypes.c_uint32),
         ("scale_rows", ctypes.c_uint32),
@@ -133,17 +133,16 @@ class _Launcher:
             cuda.CUtensorMap(_ptr=ctypes.addressof(self._args) + getattr(_Args, name).offset) for name in encoded
         ]
         self._addresses = [getattr(o, name).data_ptr() for name in encoded]
-        grid, cluster = (plan.ctas // plan.split, plan.split), (plan.cluster // plan.split, plan.split)
-        self._config = _launch_config(cuda, grid, tile.threads, plan.smem_bytes, cluster, plan.pdl)
+        self._config = _launch_config(cuda, plan.ctas, tile.threads, plan.smem_bytes, plan.cluster, plan.pdl)
         self._counters = _counters_of(tile, self._index) if plan.claims else None
         self._report: Any = None
         if plan.problem.kind == Kind.CONTIGUOUS and settings.get("DG_JIT_DEBUG"):
             self._report = _small_kernel(reporting_source(), self._index)
-            self._report_config = _launch_config(cuda, (1, 1), 1024, 0, (1, 1), plan.pdl)
+            self._report_config = _launch_config(cuda, 1, 1024, 0, 1, plan.pdl)
         self._describe: Any = None
         if plan.problem.kind in (Kind.K_GROUPED, Kind.K_ENDS):
             self._describe = _small_kernel(describing_source(), self._index)
-            self._describe_config = _launch_config(cuda, (1, 1), 32, 0, (1, 1), plan.pdl)
+            self._describe_config = _launch_config(cuda, 1, 32, 0, 1, plan.pdl)
 
     def __call__(self, o: Operands) -> None:
         addresses = [getattr(o, name).data_ptr() for name in self._mapped]
@@ -180,19 +179,16 @@ class _Launcher:
             check(result, f"launching {self._plan}")
 
 
-def _launch_config(
-    cuda: Any, grid: tuple[int, int], threads: int, smem_bytes: int, cluster: tuple[int, int], pdl: bool
-) -> Any:
-    """grid: CTAs, of strips tiles, and parts of K; cluster: how many of each lie side by side."""
+def _launch_config(cuda: Any, ctas: int, threads: int, smem_bytes: int, cluster: int, pdl: bool) -> Any:
     config = cuda.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = ctas, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.sharedMemBytes = smem_bytes
     attributes: list[Any] = []
-    if cluster != (1, 1):
+    if cluster > 1:
         attribute, value = cuda.CUlaunchAttribute(), cuda.CUlaunchAttributeValue()
         attribute.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = *cluster, 1
+        value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = cluster, 1, 1
         attribute.value = value
         attributes.append(attribute)
     if pdl:
@@ -341,7 +337,7 @@ def _args(cuda: Any, plan: Plan, o: Operands) -> tuple[_Args, list[str]]:
         k=k,
         groups=problem.groups,
         alignment=problem.alignment,
-        band=plan.band,
+        band=plan.band if isinstance(tile, Tile) else plan.split,
         tile_rows=tile_rows(tile, problem),
         box_rows=rows,
         scale_rows=scale_rows,
