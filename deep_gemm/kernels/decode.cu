@@ -322,6 +322,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) fp8_gemm(cons
     const Storage smem{shared_address(memory), problem.stages};
     const Work work(problem);
     const uint32_t warp = warp_index(), soon = min(min(AHEAD, smem.stages), work.blocks);
+    const bool at_once = work.blocks <= smem.stages;
 
     if (warp < WARPS) {
         Consumer consumer(problem, smem, work);
@@ -345,7 +346,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) fp8_gemm(cons
     } else if (warp == WARPS) {
         Loader loader{args, smem, work};
         if (elect_one()) {
-            for (uint32_t i = 0; i < soon; ++i) barrier_init(smem.full(i), 2);
+            // The first copy leaves before other barriers are initialised. But where all of b is sent for at once, a is all that the CTA
+            // waits for: a should not queue behind it.
+            if (!at_once) barrier_init(smem.full(0), 2), barrier_init_fence(), loader.load_b(1);
+            for (uint32_t i = loader.block; i < soon; ++i) barrier_init(smem.full(i), 2);
             barrier_init_fence();
         }
         barrier_arrive<FIRST, 64>();
@@ -358,7 +362,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) fp8_gemm(cons
         Loader loader{args, smem, work};
         // The next kernel, once it starts, fills its stages. Where this one has far more to come than its own hold, that takes memory
         // from it, and leaves the next one nothing to do while it waits for this one's end. Where all has been sent for, it takes none.
-        const bool later = smem.stages * 5 < work.blocks * 3, at_once = work.blocks <= smem.stages;
+        const bool later = smem.stages * 5 < work.blocks * 3;
         if (elect_one()) {
             if (work.split > 1) {
                 barrier_init(smem.received(), 1);
