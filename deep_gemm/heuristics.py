@@ -303,7 +303,7 @@ def _legal(table: _Table, problem: Problem, device: Device, config: Config) -> A
 
 def _rows(table: _Table, problem: Problem) -> tuple[Any, int, Any, Any, Any]:
     """Rows of tiles in a group, groups that have them, how much of a row of tiles takes time, how much of it multiplies
-    (a cluster waits for its fuller CTA), and if all cost alike.
+    (a cluster waits for its fuller CTA), and if all groups have as many.
 
     Where the device alone knows, groups are taken to be spread evenly from 0.7 to 1.3 times what is expected.
     """
@@ -313,7 +313,7 @@ def _rows(table: _Table, problem: Problem) -> tuple[Any, int, Any, Any, Any]:
         rows = _ceil_div(sizes, table.height)
         # Of the last row of tiles, the upper CTA of a cluster, which is the fuller one.
         filled = _ceil_div(np.minimum(sizes - (rows - 1) * table.height, table.block_m), 64) * 64 / table.block_m
-        alike = (rows == rows[0]).all(0) & (filled == filled[0]).all(0)
+        alike = (rows == rows[0]).all(0)
         mean = rows.mean(0)
         multiplied = (_ceil_div(sizes, 64) * 64).mean() / (mean * table.height)
         return mean, problem.groups, 1 - (1 - filled.mean(0)) / mean, multiplied, alike
