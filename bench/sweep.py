@@ -35,7 +35,7 @@ from bench.run import as_text, commit, machine, on_hopper, slug, versions
 from bench.table import RESULTS
 from deep_gemm import heuristics, problem
 from deep_gemm.config import Config
-from deep_gemm.plan import IN_PAIRS, Strip, Tile
+from deep_gemm.plan import Strip, Tile
 from deep_gemm.problem import Kind, Operands, Problem
 from deep_gemm.quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 from deep_gemm.runtime import device
@@ -173,10 +173,7 @@ def sweep(todo: list[tuple[str, list[int]]], most: int, limit_s: float, pdl: boo
 
 
 def outcomes(path: Path) -> Iterator[Outcome]:
-    """What the cost model chooses for every problem of a sweep, on the GPU that was swept.
-
-    Strips that come in pairs did not in older sweeps: what they took then stands for what they take.
-    """
+    """What the cost model chooses for every problem of a sweep, on the GPU that was swept."""
     swept = json.loads(path.read_text())
     gpu = device.named(swept["machine"]["gpu"], swept["machine"]["sms"])
     pdl = swept.get("pdl", False)
@@ -185,8 +182,7 @@ def outcomes(path: Path) -> Iterator[Outcome]:
         us |= row.get("strips", {})
         plan = heuristics.choose(problem_of(row["family"], row["shape"]), gpu, Config(pdl=pdl))
         fastest = min(us, key=us.__getitem__)
-        chosen_us = us.get(plan.name) or us.get(plan.name.removesuffix(IN_PAIRS))
-        yield Outcome(row["family"], row["shape"], plan.name, chosen_us, plan.cost.us, fastest, us[fastest])
+        yield Outcome(row["family"], row["shape"], plan.name, us.get(plan.name), plan.cost.us, fastest, us[fastest])
 
 
 def report(path: Path) -> str:

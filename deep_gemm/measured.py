@@ -1,4 +1,4 @@
-"""DeepSeek-V3's layers: plans that were measured to be faster than what the cost model prefers. Pure.
+"""DeepSeek-V3's layers, and another: plans that were measured to be faster than what the cost model prefers. Pure.
 
 The model foretells most times of few rows within a few percent, and among plans that are that close may pick one 2 to
 20 % slower than the best. For these layers it is told what was fastest, alone and overlapping, on H100s (whose tables
@@ -38,7 +38,7 @@ PLANS: dict[str, dict[tuple[int, int], Lines]] = {
             (33, 64, "128x128", "128x160"),
             (65, 128, "128x128", "128x160"),
         ),
-        (7168, 16384): ((65, 128, "64x128 strip K/1 stages 8 in pairs", "128x64 strip K/1 stages 8"),),
+        (7168, 16384): ((65, 128, "64x128 strip K/1 stages 8 in pairs", "64x112 strip K/1 stages 8 in pairs"),),
         (4096, 7168): (
             (33, 48, "64x64 strip K/1 stages 12", "64x32 strip K/1 stages 16"),
             (49, 64, "64x32 strip K/1 stages 16", "64x32 strip K/1 stages 16"),
@@ -49,7 +49,7 @@ PLANS: dict[str, dict[tuple[int, int], Lines]] = {
             (9, 16, None, "16x128 swapped K/1 stages 12"),
             (17, 64, "64x64 strip K/1 stages 12", "64x64 strip K/1 stages 12"),
             (65, 96, "128x64 strip K/1 stages 8", "128x64 strip K/1 stages 8"),
-            (97, 128, "64x128 strip K/1 stages 8 in pairs", "128x64 strip K/1 stages 8"),
+            (97, 128, "64x128 strip K/1 stages 8 in pairs", "64x128 strip K/1 stages 8 in pairs"),
         ),
     },
     "H200": {
@@ -88,7 +88,8 @@ PLANS: dict[str, dict[tuple[int, int], Lines]] = {
             (9, 16, "16x64 swapped K/2 stages 8", "16x64 swapped K/2 stages 20"),
             (17, 32, "32x64 swapped K/2 stages 8", "32x64 swapped K/2 stages 16"),
             (33, 64, "64x32 strip K/1 stages 16", "64x32 strip K/1 stages 16"),
-            (65, 128, "64x64 strip K/1 stages 12 in pairs", "64x64 strip K/1 stages 12 in pairs"),
+            (65, 96, "128x64 strip K/2 stages 8", "128x64 strip K/2 stages 8"),
+            (97, 128, "64x64 strip K/1 stages 12 in pairs", "64x64 strip K/1 stages 12 in pairs"),
         ),
         (7168, 2048): (
             (1, 8, "8x64 swapped K/2 stages 4", "8x64 swapped K/2 stages 8"),
@@ -97,6 +98,8 @@ PLANS: dict[str, dict[tuple[int, int], Lines]] = {
             (33, 64, "64x64 strip K/1 stages 12", "64x64 strip K/1 stages 12"),
             (65, 128, "64x128 strip K/1 stages 8 in pairs", "64x128 strip K/1 stages 8 in pairs"),
         ),
+        (36864, 7168): ((1, 8, "8x64 swapped K/2 stages 8", "8x64 swapped K/2 stages 8"),),
+        (5120, 25600): ((65, 128, "64x80", "64x80"),),
     },
 }
 

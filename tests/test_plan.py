@@ -153,9 +153,12 @@ def test_no_tile_goes_without_rows_where_they_are_shared_out():
 
 
 MANY_ROWS, ON_H100, ON_H200 = "h200", "h100-80gb-hbm3-few-rows", "h200-few-rows"
-# Of other cards, without strips of 128 rows in 2 parts and of 112 columns; the second of DeepSeek-V3's layers alone.
+PAIRS_ON_H200 = "h200-in-pairs-few-rows"  # of another card, 65 to 128 rows alone
+# Of other cards, before two rows of strips came in pairs; and before strips of 128 rows in 2 parts and of 112 columns,
+# the second of these of DeepSeek-V3's layers alone.
+UNPAIRED_ON_H100, UNPAIRED_ON_H200 = "h100-80gb-hbm3-unpaired-few-rows", "h200-unpaired-few-rows"
 EARLIER_ON_H100, EARLIER_ON_H200 = "h100-80gb-hbm3-fewer-plans-few-rows", "h200-deepseek-few-rows"
-PAIRS_ON_H200 = "h200-in-pairs-few-rows"  # of 65 to 128 rows alone; all other sweeps are older than pairs
+NEWER = {UNPAIRED_ON_H100: ON_H100, EARLIER_ON_H100: ON_H100, UNPAIRED_ON_H200: ON_H200, EARLIER_ON_H200: ON_H200}
 
 
 def swept(name: str) -> Path:
@@ -163,29 +166,33 @@ def swept(name: str) -> Path:
 
 
 def outcomes(name: str) -> list[sweep.Outcome]:
-    """Of a sweep; but of an H200, problems whose strips come in pairs since, of the sweep that has these."""
+    """Of a sweep; but problems whose strips come in pairs since, of the sweep of that GPU that has these."""
+    older, overlapping = name.removesuffix("-overlapping"), "-overlapping" * name.endswith("-overlapping")
     found = list(sweep.outcomes(swept(name)))
-    if name not in (ON_H200, EARLIER_ON_H200, f"{ON_H200}-overlapping", f"{EARLIER_ON_H200}-overlapping"):
+    if older not in NEWER:
         return found
-    newer = sweep.outcomes(swept(PAIRS_ON_H200 + "-overlapping" * name.endswith("-overlapping")))
-    of_shape = {tuple(x.shape): x for x in newer}
-    return [of_shape[tuple(x.shape)] if x.chosen.endswith(plan.IN_PAIRS) else x for x in found]
+    newer = {(x.family, *x.shape): x for x in sweep.outcomes(swept(NEWER[older] + overlapping))}
+    return [newer[(x.family, *x.shape)] if x.chosen.endswith(plan.IN_PAIRS) else x for x in found]
 
 
 @pytest.mark.parametrize(
     "name, later, median, mean, worst, off",
     [
         (MANY_ROWS, 1, 1.005, 1.01, 1.1, 0.05),
-        (ON_H100, 0, 1.005, 1.015, 1.15, 0.05),
-        (ON_H200, 0, 1.005, 1.018, 1.15, 0.05),
-        (f"{ON_H100}-overlapping", 0, 1.005, 1.022, 1.25, 0.07),
+        (ON_H100, 0, 1.005, 1.015, 1.19, 0.05),  # one time of a chosen plan was disturbed; else 1.13
+        (ON_H200, 0, 1.01, 1.02, 1.15, 0.05),
+        (f"{ON_H100}-overlapping", 0, 1.005, 1.023, 1.25, 0.07),
         (f"{ON_H200}-overlapping", 0, 1.005, 1.022, 1.25, 0.07),
+        (UNPAIRED_ON_H100, 0, 1.005, 1.015, 1.15, 0.05),
+        (UNPAIRED_ON_H200, 0, 1.005, 1.018, 1.15, 0.05),
+        (f"{UNPAIRED_ON_H100}-overlapping", 0, 1.005, 1.022, 1.25, 0.07),
+        (f"{UNPAIRED_ON_H200}-overlapping", 0, 1.005, 1.022, 1.25, 0.07),
         (EARLIER_ON_H100, 8, 1.005, 1.015, 1.15, 0.05),
         (f"{EARLIER_ON_H100}-overlapping", 21, 1.005, 1.02, 1.25, 0.07),
         (EARLIER_ON_H200, 4, 1.005, 1.01, 1.05, 0.07),
         (f"{EARLIER_ON_H200}-overlapping", 8, 1.005, 1.01, 1.06, 0.09),
-        (PAIRS_ON_H200, 0, 1.005, 1.018, 1.15, 0.05),
-        (f"{PAIRS_ON_H200}-overlapping", 0, 1.005, 1.018, 1.15, 0.09),
+        (PAIRS_ON_H200, 0, 1.005, 1.015, 1.1, 0.05),
+        (f"{PAIRS_ON_H200}-overlapping", 0, 1.005, 1.015, 1.1, 0.09),
     ],
 )
 def test_choices_hold_against_a_sweep(name: str, later: int, median: float, mean: float, worst: float, off: float):
@@ -201,12 +208,14 @@ def test_choices_hold_against_a_sweep(name: str, later: int, median: float, mean
 
 
 @pytest.mark.parametrize(
-    "names", [(ON_H100, EARLIER_ON_H100), (ON_H200, EARLIER_ON_H200, PAIRS_ON_H200)], ids=["H100", "H200"]
+    "names",
+    [(ON_H100, UNPAIRED_ON_H100, EARLIER_ON_H100), (ON_H200, PAIRS_ON_H200, UNPAIRED_ON_H200, EARLIER_ON_H200)],
+    ids=["H100", "H200"],
 )
 def test_measured_plans_hold_against_sweeps(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
     """Where other plans than the model's are chosen, alone and overlapping, on all cards together they were faster.
 
-    Of pairs on an H200 the sweep that has them tells.
+    Of pairs the sweeps that have them tell.
     """
     which = [name + overlapping for name in names for overlapping in ("", "-overlapping")]
     paths = [swept(name) for name in which]
@@ -215,14 +224,14 @@ def test_measured_plans_hold_against_sweeps(names: tuple[str, ...], monkeypatch:
     monkeypatch.setattr(measured, "MASKED", {gpu: {} for gpu in measured.MASKED})
     gains: dict[tuple[int, ...], list[float]] = {}
     for name, path, ours in zip(which, paths, chosen, strict=True):
+        older = name.removesuffix("-overlapping") in NEWER
         for x, model in zip(ours, sweep.outcomes(path), strict=True):
-            older = PAIRS_ON_H200 in names and not name.startswith(PAIRS_ON_H200)
-            if x.chosen == model.chosen or (older and x.chosen.endswith(plan.IN_PAIRS)):
+            if x.chosen == model.chosen or (older and plan.IN_PAIRS in x.chosen + model.chosen):
                 continue
             if x.chosen_us and model.chosen_us:
                 gains.setdefault(tuple(x.shape), []).append(model.chosen_us / x.chosen_us)
             else:
-                assert name.startswith(names[1])  # which has not all plans
+                assert name.startswith((EARLIER_ON_H100, EARLIER_ON_H200))  # which have not all plans
     means = [statistics.mean(every) for every in gains.values()]
     assert len(means) >= 20 and min(means) > 0.99 and statistics.median(means) > 1.02
 
