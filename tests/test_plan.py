@@ -153,12 +153,17 @@ def test_no_tile_goes_without_rows_where_they_are_shared_out():
 
 
 MANY_ROWS, ON_H100, ON_H200 = "h200", "h100-80gb-hbm3-few-rows", "h200-few-rows"
-PAIRS_ON_H200 = "h200-in-pairs-few-rows"  # of another card, 65 to 128 rows alone
-# Of other cards, before two rows of strips came in pairs; and before strips of 128 rows in 2 parts and of 112 columns,
-# the second of these of DeepSeek-V3's layers alone.
-UNPAIRED_ON_H100, UNPAIRED_ON_H200 = "h100-80gb-hbm3-unpaired-few-rows", "h200-unpaired-few-rows"
+# Of other cards, without strips of 128 rows in 2 parts and of 112 columns; the second of DeepSeek-V3's layers alone.
 EARLIER_ON_H100, EARLIER_ON_H200 = "h100-80gb-hbm3-fewer-plans-few-rows", "h200-deepseek-few-rows"
-NEWER = {UNPAIRED_ON_H100: ON_H100, EARLIER_ON_H100: ON_H100, UNPAIRED_ON_H200: ON_H200, EARLIER_ON_H200: ON_H200}
+# Of other cards, since two rows of strips come in pairs; the third, of another H200, of 65 to 128 rows alone.
+PAIRED_ON_H100, PAIRED_ON_H200 = "h100-80gb-hbm3-paired-few-rows", "h200-paired-few-rows"
+PAIRS_ON_H200 = "h200-in-pairs-few-rows"
+NEWER = {
+    ON_H100: PAIRED_ON_H100,
+    EARLIER_ON_H100: PAIRED_ON_H100,
+    ON_H200: PAIRED_ON_H200,
+    EARLIER_ON_H200: PAIRED_ON_H200,
+}
 
 
 def swept(name: str) -> Path:
@@ -179,18 +184,18 @@ def outcomes(name: str) -> list[sweep.Outcome]:
     "name, later, median, mean, worst, off",
     [
         (MANY_ROWS, 1, 1.005, 1.01, 1.1, 0.05),
-        (ON_H100, 0, 1.005, 1.015, 1.19, 0.05),  # one time of a chosen plan was disturbed; else 1.13
-        (ON_H200, 0, 1.01, 1.02, 1.15, 0.05),
-        (f"{ON_H100}-overlapping", 0, 1.005, 1.023, 1.25, 0.07),
+        (ON_H100, 0, 1.005, 1.015, 1.15, 0.05),
+        (ON_H200, 0, 1.005, 1.018, 1.15, 0.05),
+        (f"{ON_H100}-overlapping", 0, 1.005, 1.022, 1.25, 0.07),
         (f"{ON_H200}-overlapping", 0, 1.005, 1.022, 1.25, 0.07),
-        (UNPAIRED_ON_H100, 0, 1.005, 1.015, 1.15, 0.05),
-        (UNPAIRED_ON_H200, 0, 1.005, 1.018, 1.15, 0.05),
-        (f"{UNPAIRED_ON_H100}-overlapping", 0, 1.005, 1.022, 1.25, 0.07),
-        (f"{UNPAIRED_ON_H200}-overlapping", 0, 1.005, 1.022, 1.25, 0.07),
         (EARLIER_ON_H100, 8, 1.005, 1.015, 1.15, 0.05),
         (f"{EARLIER_ON_H100}-overlapping", 21, 1.005, 1.02, 1.25, 0.07),
         (EARLIER_ON_H200, 4, 1.005, 1.01, 1.05, 0.07),
         (f"{EARLIER_ON_H200}-overlapping", 8, 1.005, 1.01, 1.06, 0.09),
+        (PAIRED_ON_H100, 0, 1.005, 1.015, 1.19, 0.05),  # by one time, which was disturbed (docs/facts.md); else 1.13
+        (PAIRED_ON_H200, 0, 1.01, 1.02, 1.15, 0.05),
+        (f"{PAIRED_ON_H100}-overlapping", 0, 1.005, 1.023, 1.25, 0.07),
+        (f"{PAIRED_ON_H200}-overlapping", 0, 1.005, 1.022, 1.25, 0.07),
         (PAIRS_ON_H200, 0, 1.005, 1.015, 1.1, 0.05),
         (f"{PAIRS_ON_H200}-overlapping", 0, 1.005, 1.015, 1.1, 0.09),
     ],
@@ -209,7 +214,7 @@ def test_choices_hold_against_a_sweep(name: str, later: int, median: float, mean
 
 @pytest.mark.parametrize(
     "names",
-    [(ON_H100, UNPAIRED_ON_H100, EARLIER_ON_H100), (ON_H200, PAIRS_ON_H200, UNPAIRED_ON_H200, EARLIER_ON_H200)],
+    [(PAIRED_ON_H100, ON_H100, EARLIER_ON_H100), (PAIRED_ON_H200, PAIRS_ON_H200, ON_H200, EARLIER_ON_H200)],
     ids=["H100", "H200"],
 )
 def test_measured_plans_hold_against_sweeps(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
@@ -236,7 +241,7 @@ def test_measured_plans_hold_against_sweeps(names: tuple[str, ...], monkeypatch:
     assert len(means) >= 20 and min(means) > 0.99 and statistics.median(means) > 1.02
 
 
-@pytest.mark.parametrize("name, few_rows, ms", [(MANY_ROWS, False, sweep.MS), (ON_H100, True, sweep.FEW_MS)])
+@pytest.mark.parametrize("name, few_rows, ms", [(MANY_ROWS, False, sweep.MS), (PAIRED_ON_H100, True, sweep.FEW_MS)])
 def test_what_is_swept(name: str, few_rows: bool, ms: tuple[int, ...]):
     """As many dense problems as the planner has to answer for, small and large; and a line for each in the report."""
     shapes = list(sweep.shapes(few_rows))
