@@ -37,6 +37,18 @@ class CompileError(DeepGemmError, RuntimeError):
         self.source_path = source_path
 
 
+class MissingKernelError(DeepGemmError, RuntimeError):
+    """A kernel that would have to be compiled while DG_JIT_STRICT rules that out.
+
+    kernel: its name. command: what compiles it.
+    """
+
+    def __init__(self, message: str, *, kernel: str = "", command: str = "") -> None:
+        super().__init__(message)
+        self.kernel = kernel
+        self.command = command
+
+
 class LaunchError(DeepGemmError, RuntimeError):
     """A call of the CUDA driver that failed. code: the CUresult. name: its name, such as CUDA_ERROR_INVALID_VALUE."""
 

@@ -15,8 +15,10 @@ from typing import Literal, NamedTuple, TypeAlias, overload
 
 from .errors import InvalidInputError
 
-Value: TypeAlias = bool | Path | None
+Value: TypeAlias = bool | Path | tuple[Path, ...] | None
 Flag: TypeAlias = Literal[
+    "DG_JIT_STRICT",
+    "DG_JIT_ALLOW_SHARED_CACHE",
     "DG_JIT_DEBUG",
     "DG_PRINT_CONFIGS",
     "DG_JIT_USE_NVRTC",
@@ -70,11 +72,15 @@ def _flag(text: str) -> bool:
     return text == "1"
 
 
-def _folder(text: str) -> Path:
+def _path(text: str) -> Path:
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError:
-        raise ValueError("a folder that needs no home directory, for there is none: set it to one") from None
+        raise ValueError("a path that needs no home directory, for there is none: set it to one") from None
+
+
+def _folders(text: str) -> tuple[Path, ...]:
+    return tuple(_path(part) for part in text.split(os.pathsep) if part)
 
 
 def _program(text: str) -> Path:
@@ -87,7 +93,30 @@ def _program(text: str) -> Path:
 _TABLE = {
     setting.name: setting
     for setting in (
-        Setting("DG_JIT_CACHE_DIR", ("DG_CACHE_DIR",), _folder, "~/.deep_gemm", "where compiled kernels are kept"),
+        Setting("DG_JIT_CACHE_DIR", ("DG_CACHE_DIR",), _path, "~/.deep_gemm", "where compiled kernels are kept"),
+        Setting(
+            "DG_JIT_READ_ONLY_CACHE_DIRS",
+            (),
+            _folders,
+            "",
+            f"folders of kernels that are looked in before, '{os.pathsep}' between them; nothing is written there",
+        ),
+        Setting(
+            "DG_JIT_ALLOW_SHARED_CACHE",
+            (),
+            _flag,
+            "0",
+            "share kernels with other users: let them read ours, and use those in folders that they own or can write "
+            "to, who can so run code in this process",
+        ),
+        Setting("DG_JIT_STRICT", (), _flag, "0", "a kernel that is not there is an error; no call compiles"),
+        Setting(
+            "DG_RECORD_SHAPES",
+            (),
+            _path,
+            "",
+            "a file that gets a line for each new problem, for `deep-gemm compile --recorded`",
+        ),
         Setting(
             "DG_JIT_DEBUG",
             (),
@@ -128,7 +157,7 @@ _TABLE = {
             "0",
             "bench_kineto starts no profiler that would disturb one of NVIDIA's, and returns 1.0",
         ),
-        Setting("CUDA_HOME", ("CUDA_PATH",), _folder, "/usr/local/cuda", "the CUDA toolkit, where one is needed"),
+        Setting("CUDA_HOME", ("CUDA_PATH",), _path, "/usr/local/cuda", "the CUDA toolkit, where one is needed"),
     )
 }
 
@@ -138,7 +167,9 @@ def get(name: Flag) -> bool: ...
 @overload
 def get(name: Literal["DG_JIT_CACHE_DIR", "CUDA_HOME"]) -> Path: ...
 @overload
-def get(name: Literal["DG_JIT_NVCC_COMPILER"]) -> Path | None: ...
+def get(name: Literal["DG_JIT_READ_ONLY_CACHE_DIRS"]) -> tuple[Path, ...] | None: ...
+@overload
+def get(name: Literal["DG_JIT_NVCC_COMPILER", "DG_RECORD_SHAPES"]) -> Path | None: ...
 def get(name: str) -> Value:
     """The value of a variable, now.
 

@@ -29,18 +29,20 @@ KNOWN = {
     "DG_JIT_CACHE_DIR", "DG_JIT_DEBUG", "DG_PRINT_CONFIGS", "DG_JIT_USE_NVRTC", "DG_JIT_NVCC_COMPILER",
     "DG_JIT_PRINT_COMPILER_COMMAND", "DG_JIT_PTXAS_VERBOSE", "DG_JIT_PTXAS_CHECK", "DG_JIT_WITH_LINEINFO",
     "DG_JIT_DUMP_ASM", "DG_JIT_DUMP_PTX", "DG_JIT_DUMP_SASS", "DG_JIT_PRINT_LOAD_TIME", "DG_DISABLE_FFMA_INTERLEAVE",
-    "DG_PRINT_REG_REUSE", "DG_USE_NVIDIA_TOOLS", "CUDA_HOME",
+    "DG_PRINT_REG_REUSE", "DG_USE_NVIDIA_TOOLS", "DG_JIT_READ_ONLY_CACHE_DIRS", "DG_JIT_ALLOW_SHARED_CACHE",
+    "DG_JIT_STRICT", "DG_RECORD_SHAPES", "CUDA_HOME",
 }  # fmt: skip
 # Where tests hold that a variable acts.
 ACTS = {
     "test_settings.py": {"DG_JIT_CACHE_DIR", "DG_CACHE_DIR", "CUDA_HOME", "CUDA_PATH", "DG_JIT_PRINT_LOAD_TIME"},
     "test_gemm.py": {"DG_PRINT_CONFIGS"},
+    "test_recorded.py": {"DG_RECORD_SHAPES"},
     "test_testing.py": {"DG_USE_NVIDIA_TOOLS"},
     "test_compiler.py": {
         "DG_JIT_DEBUG", "DG_JIT_USE_NVRTC", "DG_JIT_NVCC_COMPILER", "DG_NVCC_COMPILER", "DG_JIT_PRINT_COMPILER_COMMAND",
         "DG_JIT_PRINT_NVCC_COMMAND", "DG_JIT_PTXAS_VERBOSE", "DG_PTXAS_VERBOSE", "DG_JIT_PTXAS_CHECK",
         "DG_JIT_WITH_LINEINFO", "DG_JIT_DUMP_ASM", "DG_JIT_DUMP_PTX", "DG_JIT_DUMP_SASS", "DG_DISABLE_FFMA_INTERLEAVE",
-        "DG_PRINT_REG_REUSE",
+        "DG_PRINT_REG_REUSE", "DG_JIT_READ_ONLY_CACHE_DIRS", "DG_JIT_ALLOW_SHARED_CACHE", "DG_JIT_STRICT",
     },
 }  # fmt: skip
 
@@ -54,7 +56,8 @@ def empty_environment(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_table_is_whole():
     rows = settings.describe()
-    assert {row.name for row in rows} == KNOWN == {*FLAGS, "DG_JIT_CACHE_DIR", "DG_JIT_NVCC_COMPILER", "CUDA_HOME"}
+    paths = {"DG_JIT_CACHE_DIR", "DG_JIT_READ_ONLY_CACHE_DIRS", "DG_JIT_NVCC_COMPILER", "DG_RECORD_SHAPES", "CUDA_HOME"}
+    assert {row.name for row in rows} == KNOWN == {*FLAGS, *paths}
     assert {row.name: row.old_names for row in rows if row.old_names} == {k: (old,) for k, old in OLD_NAMES.items()}
 
 
@@ -137,9 +140,17 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert settings.get("DG_JIT_CACHE_DIR") == tmp_path / "new"
 
 
+def test_read_only_cache_dirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    assert settings.get("DG_JIT_READ_ONLY_CACHE_DIRS") is None
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DG_JIT_READ_ONLY_CACHE_DIRS", "/opt/kernels::~/b:c")
+    assert settings.get("DG_JIT_READ_ONLY_CACHE_DIRS") == (Path("/opt/kernels"), tmp_path / "b", tmp_path / "c")
+
+
 def test_cache_dir_without_a_home(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DG_JIT_CACHE_DIR", "~no-such-user/kernels")
-    complaint = "^DG_JIT_CACHE_DIR is '~no-such-user/kernels', expected a folder that needs no home directory"
+    complaint = "^DG_JIT_CACHE_DIR is '~no-such-user/kernels', expected a path that needs no home directory"
     with pytest.raises(InvalidInputError, match=complaint):
         settings.get("DG_JIT_CACHE_DIR")
 

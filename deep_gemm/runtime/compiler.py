@@ -1,7 +1,10 @@
-"""From a kernel's text to a cubin: memory, then disk, then NVRTC (or nvcc, when asked).
+"""From a kernel's text to a cubin: memory, then folders of kernels, then the cache, then NVRTC (or nvcc, when asked).
 
 Nothing is included but what a Source carries, so no toolkit and no headers need to be installed, and the hash of text,
 options and compiler says all about a cubin.
+
+Folders of kernels are those of DG_JIT_READ_ONLY_CACHE_DIRS, and the one that the package may bring (`make wheel`). One
+that `deep-gemm compile --output` has made says which compiler it is of, and serves where there is another, or none.
 """
 
 from __future__ import annotations
@@ -21,36 +24,46 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import settings
-from ..errors import CompileError, InvalidInputError, MissingDependencyError
+from ..errors import CompileError, InvalidInputError, MissingDependencyError, MissingKernelError
 from . import sass, tools
 from .cache import Cache
 
 _ARCH = "90a"
+READY_MADE = Path(__file__).parents[1] / "ready"  # kernels that the package brings, if it was built with them
+COMPILER_FILE = "COMPILER"  # of a folder of kernels
 _SLOW = re.compile(r"Potential Performance Loss|wait\S* is injected")  # numbers and details vary (docs/facts.md)
 
-_memory: dict[str, dict[str, bytes]] = {}  # key -> the files of a cache entry
-_locks: dict[str, threading.Lock] = {}
+_memory: dict[tuple[str, str], dict[str, bytes]] = {}  # of a job -> the files of a cache entry
+_locks: dict[tuple[str, str], threading.Lock] = {}
 os.register_at_fork(after_in_child=_locks.clear)  # a thread that held one is not there any more
 
 
 @dataclass(frozen=True)
 class Source:
-    """A translation unit, whole. name: its file name. headers: (name as included, text), and there are no others."""
+    """A translation unit, whole.
+
+    name: its file name. headers: (name as included, text), and there are no others. kernel: what it is called.
+    """
 
     name: str
     text: str
     headers: tuple[tuple[str, str], ...] = ()
+    kernel: str = ""
 
     @property
     def stem(self) -> str:
         return Path(self.name).stem
+
+    @property
+    def label(self) -> str:
+        return self.kernel or self.stem
 
     @property
     def files(self) -> tuple[tuple[str, str], ...]:
@@ -94,31 +107,50 @@ def compile(source: Source) -> Cubin:
 
 
 def cubin_for(source: Source) -> bytes:
-    """The image of obtain(source)."""
-    return obtain(source).image
+    """The image of a source for a call that needs it now.
+
+    Raises: as obtain; MissingKernelError if it would have to be compiled, and DG_JIT_STRICT rules that out.
+    """
+    return obtain(source, strict=settings.get("DG_JIT_STRICT")).image
 
 
-def obtain(source: Source) -> Cubin:
+def obtain(source: Source, strict: bool = False, output: Path | None = None) -> Cubin:
     """The cubin of a source, from memory, from disk or compiled now. Threads and processes wait for one another.
 
-    The cubin of a cache entry has PTX only where DG_JIT_DUMP_PTX put it there.
+    The cubin of a cache entry has PTX only where DG_JIT_DUMP_PTX put it there. strict: nothing is compiled. output: a
+    folder of kernels for all to read that gets it, whatever other places have it; from the cache it is copied.
 
-    Raises: CompileError; MissingDependencyError if there is no compiler.
+    Raises: CompileError; MissingDependencyError if there is no compiler; MissingKernelError.
     """
-    job = _Job(source)
-    with _locks.setdefault(job.key, threading.Lock()):
-        files = _memory.get(job.key, {})
+    job = _Job(source, output)
+    with _locks.setdefault(job.identity, threading.Lock()):
+        files = {} if output else _memory.get(job.identity, {})
         if job.wanted <= files.keys():
-            _say("DG_JIT_DEBUG", f"in memory: {source.stem}.{job.key[:32]}")
+            _say("DG_JIT_DEBUG", f"in memory: {source.label}")
         else:
-            files = _memory[job.key] = job.from_disk_or_compiler()
+            files = job.from_disk_or_compiler(strict)
+            if not output:
+                _memory[job.identity] = files
     return job.checked(
         Cubin(files["kernel.cubin"], files.get("kernel.ptx", b"").decode(), files["kernel.log"].decode())
     )
 
 
+def find(source: Source, output: Path | None = None) -> tuple[Path, bool]:
+    """Where on disk the kernel is, or would be if it were compiled now (as obtain does); and whether it is."""
+    job = _Job(source, output)
+    compiler = compiler_of(output) if output else None
+    for cache, key in [(job.cache, job.key_of(compiler))] if compiler else job.places():
+        if job.load(cache, key):
+            return cache.entry(source.stem, key), True
+    return job.cache.entry(source.stem, job.key_of(compiler or job.compiler)), False
+
+
 def compile_many(
-    sources: Iterable[Source], jobs: int | None = None, on_done: Callable[[Source, Cubin], None] | None = None
+    sources: Iterable[Source],
+    jobs: int | None = None,
+    on_done: Callable[[Source, Cubin], None] | None = None,
+    output: Path | None = None,
 ) -> list[Cubin]:
     """obtain() for each source, in `jobs` threads (None: one per core). on_done is called here as each gets ready.
 
@@ -126,7 +158,7 @@ def compile_many(
     """
     pool = ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0)))
     try:
-        futures = {pool.submit(obtain, source): source for source in sources}
+        futures = {pool.submit(obtain, source, output=output): source for source in sources}
         for future in as_completed(futures):
             cubin = future.result()
             if on_done:
@@ -136,28 +168,52 @@ def compile_many(
         pool.shutdown(cancel_futures=True)
 
 
+def default_compiler() -> str:
+    """The name of what kernels would be compiled with now. Raises: MissingDependencyError."""
+    return _Job(Source("empty.cu", "")).compiler
+
+
 class _Job:
     """One source, and how the settings of this moment say to compile it."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, output: Path | None = None) -> None:
         nvcc = settings.get("DG_JIT_NVCC_COMPILER")
         if not nvcc and not settings.get("DG_JIT_USE_NVRTC"):
             remedy = "set CUDA_HOME to a CUDA toolkit, or unset DG_JIT_USE_NVRTC to compile without one"
             nvcc = tools.find("nvcc", "nvidia-cuda-nvcc", remedy)
-        self.source = source
+        self.source, self.nvcc = source, nvcc
         self.build = functools.partial(_nvcc, nvcc) if nvcc else _nvrtc
-        self.compiler = _nvcc_version(nvcc) if nvcc else _load_nvrtc()[1]
         self.options = ("-std=c++17", "--ptxas-options=-v", "--ptxas-options=--warn-on-spills")
         if settings.get("DG_JIT_WITH_LINEINFO"):
             self.options += ("-lineinfo",)
         self.interleave = not settings.get("DG_DISABLE_FFMA_INTERLEAVE")
-        parts = (source.name, source.text, source.headers, self.options, self.compiler, _ARCH)
+        parts = (source.name, source.text, source.headers, self.options, _ARCH)
         if self.interleave and sass.can_read():
             parts += ("interleaved", sass.YIELDS, sass.YIELDS_BESIDE_MORE, sass.FEW, sass.YIELDS_OF_FEW)
-        self.key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        self.cache = Cache(settings.get("DG_JIT_CACHE_DIR"))
+        self.content = _digest(parts)
+        self.identity = self.content, str(nvcc or "")
+        trusted = settings.get("DG_JIT_ALLOW_SHARED_CACHE")
+        self.cache = self.copied_from = Cache(settings.get("DG_JIT_CACHE_DIR"), trusted, public=trusted)
+        self.folders: list[Cache] = []  # that are looked in before
+        if output:
+            self.cache = Cache(output, trusted, public=True)
+        else:
+            self.folders = [Cache(path, trusted) for path in settings.get("DG_JIT_READ_ONLY_CACHE_DIRS") or ()]
+            self.folders.append(Cache(READY_MADE, trusted=True))  # like the code beside it
         self.wants_ptx = settings.get("DG_JIT_DUMP_PTX") or settings.get("DG_JIT_DUMP_ASM")
         self.wants_sass = settings.get("DG_JIT_DUMP_SASS") or settings.get("DG_JIT_DUMP_ASM")
+
+    @functools.cached_property
+    def compiler(self) -> str:
+        """Its name and version. Loads it, which is not free."""
+        return _nvcc_version(self.nvcc) if self.nvcc else _load_nvrtc()[1]
+
+    @functools.cached_property
+    def key(self) -> str:
+        return self.key_of(self.compiler)
+
+    def key_of(self, compiler: str) -> str:
+        return _digest((self.content, compiler))
 
     @property
     def wanted(self) -> set[str]:
@@ -165,28 +221,59 @@ class _Job:
         dumps = ["kernel.ptx"] * self.wants_ptx + ["kernel.sass"] * self.wants_sass
         return {"kernel.cubin", "kernel.cu", "kernel.log", *dumps}
 
-    def from_disk_or_compiler(self) -> dict[str, bytes]:
-        entry = self.cache.entry(self.source.stem, self.key)
-        if files := self._from_disk():
-            _say("DG_JIT_DEBUG", f"hit: {entry}")
-            return files
-        _say("DG_JIT_DEBUG", f"miss: {entry}")
+    def places(self) -> Iterator[tuple[Cache, str]]:
+        """Where the kernel may be, and by which key."""
+        for folder in self.folders:
+            compiler = None if self.nvcc else compiler_of(folder.root)  # who names nvcc wants nvcc's
+            if compiler is None and folder.root.is_dir():
+                compiler = self.compiler
+            if compiler and _driver_loads(compiler):
+                yield folder, self.key_of(compiler)
+        yield self.cache, self.key
+
+    def load(self, cache: Cache, key: str) -> dict[str, bytes] | None:
+        files = cache.load(self.source.stem, key)
+        return files if files and self.wanted <= files.keys() else None
+
+    def from_disk_or_compiler(self, strict: bool) -> dict[str, bytes]:
+        for cache, key in self.places():
+            if files := self.load(cache, key):
+                _say("DG_JIT_DEBUG", f"hit: {cache.entry(self.source.stem, key)}")
+                return files
+        if strict:
+            raise self._missing()
+        _say("DG_JIT_DEBUG", f"miss: {self.cache.entry(self.source.stem, self.key)}")
         with self.cache.lock(self.source.stem, self.key):
-            if files := self._from_disk():
+            if files := self.load(self.cache, self.key):
                 return files  # another process was at it
-            cubin = self.compile()
-            text = "\n".join(f"// ======== {name} ========\n{text}" for name, text in self.source.files)
-            files = {"kernel.cubin": cubin.image, "kernel.cu": text.encode(), "kernel.log": cubin.log.encode()}
-            if self.wants_ptx:
-                files["kernel.ptx"] = cubin.ptx.encode()
-            if self.wants_sass:
-                files["kernel.sass"] = sass.disassemble(cubin.image).encode()
-            self.cache.store(self.source.stem, self.key, files)
+            files = (self.cache != self.copied_from and self.load(self.copied_from, self.key)) or self.compiled()
+            about = {"kernel": self.source.label, "compiler": self.compiler, "arch": f"sm_{_ARCH}"}
+            self.cache.store(self.source.stem, self.key, files, about | {"options": " ".join(self.options)})
             return files
 
-    def _from_disk(self) -> dict[str, bytes] | None:
-        files = self.cache.load(self.source.stem, self.key)
-        return files if files and self.wanted <= files.keys() else None
+    def compiled(self) -> dict[str, bytes]:
+        """The files of an entry."""
+        cubin = self.compile()
+        text = "\n".join(f"// ======== {name} ========\n{text}" for name, text in self.source.files)
+        files = {"kernel.cubin": cubin.image, "kernel.cu": text.encode(), "kernel.log": cubin.log.encode()}
+        if self.wants_ptx:
+            files["kernel.ptx"] = cubin.ptx.encode()
+        if self.wants_sass:
+            files["kernel.sass"] = sass.disassemble(cubin.image).encode()
+        return files
+
+    def _missing(self) -> MissingKernelError:
+        kernel = self.source.label
+        command = f"python -m deep_gemm compile --kernel {shlex.quote(kernel)}"
+        places = ", ".join(str(cache.root) for cache, _ in self.places())
+        refused = [reason for cache, _ in self.places() if (reason := cache.refusal())]
+        return MissingKernelError(
+            f"the kernel {kernel} is not in {places}, and DG_JIT_STRICT=1 rules out compiling it now: run `{command}` "
+            "with the same DG_ variables (without --kernel it compiles all), or unset DG_JIT_STRICT"
+            + "".join(f". {reason}" for reason in refused),
+            kernel=kernel,
+            command=command,
+        )
 
     def compile(self) -> Cubin:
         start = time.perf_counter()
@@ -237,6 +324,29 @@ class _Job:
                 path.with_suffix(".log").write_text(log, encoding="utf-8")
                 return path
         return None
+
+
+def _digest(parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def compiler_of(folder: Path) -> str | None:
+    """What a folder of kernels was compiled with, if it says so."""
+    try:
+        return (folder / COMPILER_FILE).read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+@functools.cache
+def _driver_loads(compiler: str) -> bool:
+    """Whether the driver, if there is one, is new enough for that compiler's cubins: of the same major version."""
+    found = re.search(r"(\d+)\.", compiler)
+    try:
+        code, version = importlib.import_module("cuda.bindings.driver").cuDriverGetVersion()
+    except (ImportError, RuntimeError):
+        return True
+    return bool(int(code)) or not found or version // 1000 >= int(found[1])
 
 
 @functools.cache
