@@ -14,7 +14,7 @@ import numpy as np
 
 from .config import Config
 from .plan import BLOCK_K, IN_PAIRS, PAIR, Cost, Plan, Strip, make_strip, norm
-from .problem import Kind, Problem
+from .problem import Kind, Problems
 from .runtime.device import Device
 
 MOST_ROWS = 128
@@ -50,7 +50,7 @@ class Rates(NamedTuple):
 
 ALONE = Rates(1824, 150, 318, 131, 10.9, 13.8, 1.023, 102, 19_200, 1174, 118, 9.6, 17.6, 79.6, 5.13, 0.157, 0.161)
 OVERLAPPING = Rates(186, 1111, 370, 72.5, 13.7, 20.9, 1.079, 144, 137_000, 1073, 12.5, 12, 29.4, 542, 1.76, 0, 0.084)
-_BOTH: Any = Rates(*np.array([ALONE, OVERLAPPING]).T[:, :, None])  # each figure a column of two
+_BOTH: Any = Rates(*np.array([ALONE, OVERLAPPING]).T[:, :, None, None])  # of each figure both, for all problems
 
 
 @cache
@@ -114,33 +114,33 @@ def _table() -> _Table:
 
 
 class Costs:
-    """What a problem costs on each variant, with and without overlap of launches: a column for each figure."""
+    """What problems cost on each variant, with and without overlap of launches: a row for each problem."""
 
-    def __init__(self, problem: Problem, device: Device, config: Config) -> None:
-        self._problem, self._config, self.table = problem, config, _table()
-        t = self.table
-        self.ctas = -(-problem.m // t.block_m) * -(-problem.n // t.block_n) * t.split
-        self.blocks = -(-problem.k_blocks // t.split)
+    def __init__(self, problems: Problems, device: Device, config: Config) -> None:
+        self._problem, self._m, self._config, self.table = problems.like, problems.m, config, _table()
+        t, m = self.table, problems.m
+        self.ctas = -(-m // t.block_m) * -(-problems.like.n // t.block_n) * t.split
+        self.blocks = -(-problems.like.k_blocks // t.split)
         self.stages = np.where(self.blocks <= t.stages, self.blocks, t.reused)
         self._same = t.alike & (self.stages == np.roll(self.stages, -1))  # launch as the next, of which more fit
         self._sms = device.num_sms
         room = self._sms * t.room * np.where(t.split > 2, 1 - CLUSTERS_LOSE * t.split / 8 / t.room, 1)
         self.waves = np.maximum(1, np.ceil(self.ctas / room))
         self._uneven = np.where(self.waves > 1, self.waves * room / self.ctas - 1, 0)
-        self.memory_us = problem.bytes / device.memory_gbps / 1e3
+        self.memory_us = problems.bytes / device.memory_gbps / 1e3
         self._us = self._total(_BOTH)
 
         # Half a strip of nobody's rows is never best; nor are few rows on wgmma's m side.
-        few = (problem.m <= t.block_m) & ((problem.m > t.block_m // 2) | (t.block_m == 8))
-        fits = np.where(t.swapped, few, problem.m > np.where(t.block_m == 64, 16, 64)) & (t.split <= problem.k_blocks)
+        few = (m <= t.block_m) & ((m > t.block_m // 2) | (t.block_m == 8))
+        fits = np.where(t.swapped, few, m > np.where(t.block_m == 64, 16, 64)) & (t.split <= problems.like.k_blocks)
         fits &= (self.stages > 0) & ~self._same & (t.block_m % config.block_m == 0) & (t.block_n % config.block_n == 0)
-        fits &= (t.split <= device.num_sms) & ((problem.m <= t.block_m) | (device.num_sms >= PAIR))
+        fits &= (t.split <= device.num_sms) & ((m <= t.block_m) | (device.num_sms >= PAIR))
         self.legal = fits & ((t.split == 1) | (not config.batch_invariant))
 
     def _total(self, rates: Any) -> Any:
-        """In us, a row for each of the rates."""
+        """In us, for each of the rates."""
         t, work = self.table, self.waves * self.blocks
-        size = (np.minimum(t.block_m, self._problem.m) + t.block_n) * BLOCK_K  # of a stage
+        size = (np.minimum(t.block_m, self._m) + t.block_n) * BLOCK_K  # of a stage
         busiest = np.ceil(self.ctas / self._sms)
         swapped = rates.swapped * t.swapped * t.block_m / 32
         terms = (
@@ -155,7 +155,7 @@ class Costs:
         sums = np.where(t.split > 1, rates.split + t.area * 4 * (t.split - 1) / t.split / rates.send, 0)
         unready = rates.unready * (1 - np.minimum(1, self.stages / self.blocks / self.waves))
         start = rates.start - rates.idle * np.maximum(0, 1 - self.ctas / self._sms) + rates.cta * busiest
-        again = AGAIN * self.memory_us * 1e3 * (-(-self._problem.m // t.block_m) - 1)
+        again = AGAIN * self.memory_us * 1e3 * (-(-self._m // t.block_m) - 1)
         return (start + unready + loop + again + sums + t.area * 2 / rates.store) / 1e3
 
     def us(self, pdl: bool) -> Any:
@@ -168,21 +168,22 @@ class Costs:
         return next((i for i in numbers if self.stages[i] == int(stages) and not self._same[i]), None)
 
     def plan(self, i: int) -> Plan:
-        """The plan of variant number i."""
+        """The plan of the first problem with variant number i."""
         variant, pdl = self.table.variants[i], self._config.pdl
         rates = OVERLAPPING if pdl else ALONE
         us, start_us, end_us = (
-            self.us(pdl)[i].item(),
+            self.us(pdl)[0, i].item(),
             rates.start / 1e3,
             self.table.area[i].item() * 2 / rates.store / 1e3,
         )
         block_ns = (us - start_us - end_us) * 1e3 / self.blocks[i].item()
-        cost = Cost(us, start_us, self.waves[i].item(), block_ns, 0.0, self.memory_us, 0.0, end_us)
-        ctas, stages = int(self.ctas[i]), int(self.stages[i])
+        cost = Cost(us, start_us, self.waves[0, i].item(), block_ns, 0.0, self.memory_us[0, 0].item(), 0.0, end_us)
+        ctas, stages = int(self.ctas[0, i]), int(self.stages[i])
         return Plan(self._problem, variant.strip, ctas, 1, 100, pdl, cost, stages, variant.split)
 
 
-def takes(problem: Problem, device: Device, config: Config) -> bool:
-    """Whether the kernel for few rows multiplies such a problem. It spreads over all SMs, as fast as it can."""
-    dense = problem.kind == Kind.DENSE and not problem.column_scales and problem.m <= MOST_ROWS and problem.k > 0
+def takes(problems: Problems, device: Device, config: Config) -> bool:
+    """Whether the kernel for few rows multiplies such problems. It spreads over all SMs, as fast as it can."""
+    problem, few = problems.like, bool((problems.m <= MOST_ROWS).all())
+    dense = problem.kind == Kind.DENSE and not problem.column_scales and few and problem.k > 0
     return dense and config.num_sms in (None, device.num_sms) and config.tc_util == 100

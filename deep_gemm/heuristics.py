@@ -18,7 +18,7 @@ from .config import Config
 from .errors import InvalidInputError
 from .layout import align, ceil_div
 from .plan import BLOCK_K, Cost, Plan, Strip, Tile, make_tile, norm
-from .problem import Kind, Problem
+from .problem import Kind, Problem, Problems
 from .runtime.device import Device
 
 START_US = 3.03  # from one launch to the next
@@ -52,26 +52,35 @@ MEMORY_EFFICIENCY = 0.943  # of the rate at which weights can be streamed
 AGAIN = 0.05  # of a group's b, as good as read anew by each row of tiles after the first: it crosses L2 more than once
 DEEP = 1.02  # times more of that rate, where what a result in parts saves is a stage
 DEFAULT = Config()
-_SPREAD = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
+_SPREAD = np.array([0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3])
 SHARPNESS = 8.47  # of the norms that stand for "the slowest decides, and the next slowest disturbs it"
 
 
 @cache
 def tiles(column_scales: bool = False) -> tuple[Tile, ...]:
-    """Every tile that the planner chooses from. None spills registers; which deserve a kernel, sweeps have told."""
+    """Every tile that the planner chooses from. None spills; each is worth a kernel (docs/facts.md, planner)."""
     if column_scales:
-        return tuple(make_tile(m, n, column_scales=True) for m in (64, 128) for n in (32, 64, 128))
-    widths = [n for n in range(16, 257, 16) if n not in (208, 240)]
-    shapes = [*((m, n) for m in (64, 128) for n in widths), (192, 96), (192, 128)]
-    every = (make_tile(m, n, *cluster) for m, n in shapes for cluster in ((1, 1), (2, 1), (1, 2)))
-    # In clusters along N 128x256 spills, and those with several main loops were never faster by more than 0.1 %.
-    worth = (t for t in every if t.cluster_n == 1 or (t.ranges == 1 and (t.block_m, t.block_n) != (128, 256)))
-    alone = make_tile(192, 80), make_tile(192, 112)  # for set_block_size_multiple_of
-    return *worth, *alone, make_tile(128, 256, 2, 1, parts=2)
+        shapes = ((64, 32), (64, 64), (64, 128), (128, 64), (128, 128))
+        return tuple(make_tile(*shape, column_scales=True) for shape in shapes)
+    widths = {
+        64: (32, 48, 64, 80, 96, 128, 144, 160, 192, 256),
+        128: (64, 96, 128, 160, 176, 192, 224, 256),
+        192: (96, 128),
+    }
+    alone = (make_tile(block_m, block_n) for block_m in widths for block_n in widths[block_m])
+    return *alone, make_tile(128, 256, 2, 1), make_tile(128, 256, 2, 1, parts=2)
+
+
+@cache
+def spare_tiles() -> tuple[Tile, ...]:
+    """Other shapes, compiled when set_block_size_multiple_of leaves none of the former."""
+    shapes = [*((m, n) for m in (64, 128) for n in range(16, 257, 16) if n not in (208, 240)), (192, 80), (192, 112)]
+    known = {(tile.block_m, tile.block_n) for tile in tiles()}
+    return tuple(make_tile(*shape) for shape in shapes if shape not in known)
 
 
 def kernels(column_scales: bool = False) -> tuple[Tile | Strip, ...]:
-    """All that the planner may choose: the closed set of kernels."""
+    """All that the planner chooses from while tiles are not restricted: the closed set of kernels."""
     return tiles(column_scales) if column_scales else (*tiles(), *decode.strips())
 
 
@@ -114,12 +123,18 @@ def _table(column_scales: bool) -> _Table:
     return _Table(tiles(column_scales))
 
 
-class _Costs:
-    """What a problem costs on each tile of a table, and how it would be launched: a column for each figure."""
+@cache
+def _spare_table() -> _Table:
+    return _Table(spare_tiles())
 
-    def __init__(self, table: _Table, problem: Problem, device: Device, config: Config) -> None:
-        self._problem, self._config, self._table = problem, config, table
-        self.rows, groups, used, multiplied, alike = _rows(table, problem)
+
+class _Costs:
+    """What problems cost on each tile of a table, and how they would be launched: a row for each problem."""
+
+    def __init__(self, table: _Table, problems: Problems, device: Device, config: Config) -> None:
+        self._problem, self._config, self._table = problems.like, config, table
+        problem = problems.like
+        self.rows, groups, used, multiplied, alike = _rows(table, problems)
         one_a = problem.kind == Kind.CONTIGUOUS  # of all groups
         self.rows_of_group = np.maximum(1, self.rows / problem.groups) if one_a else self.rows
         self.columns = _ceil_div(problem.n, table.width)
@@ -133,7 +148,7 @@ class _Costs:
         self.waves = np.where(alike, shared_out, claimed)
         self.clusters = np.minimum(clusters, count).astype(np.int64) if known else clusters
 
-        rows = np.minimum(table.block_m, align(problem.m, 8))  # of a that are loaded
+        rows = np.minimum(table.block_m, _ceil_div(problems.m, 8) * 8)  # of a that are loaded
         ingest = (rows + table.block_n) * BLOCK_K / SM_BYTES_PER_NS
         shared = rows / table.cluster_n + table.block_n / table.cluster_m
         l2 = shared * BLOCK_K * np.minimum(clusters, np.maximum(count, 1)) * table.cluster / L2_BYTES_PER_NS
@@ -143,7 +158,7 @@ class _Costs:
         sooner = SOONER_US * (table.cluster == 1) if problem.kind == Kind.DENSE else 0.0
         self.start_us = table.start_us - sooner
         compute_us = self.waves * (k_blocks * self.block_ns + table.tile_ns) / 1e3
-        streamed = np.full(len(table.tiles), float(problem.bytes))
+        streamed = problems.bytes * np.ones(len(table.tiles))
         if problem.kind in (Kind.MASKED, Kind.ENDS):
             streamed = (streamed + AGAIN * groups * problem.n * problem.k * (self.rows - 1)) / table.depth
         self.memory_us = streamed / (MEMORY_EFFICIENCY * device.memory_gbps) / 1e3
@@ -152,16 +167,16 @@ class _Costs:
         self.us = self.start_us + norm(SHARPNESS / 2, compute_us, self.memory_us, self.power_us) + table.end_us
 
     def plan(self, i: int) -> Plan:
-        """The plan that walks the problem with the table's tile number i."""
+        """The plan that walks the first problem with the table's tile number i."""
         table, tile = self._table, self._table.tiles[i]
         clusters, band = self._walk(i)
         figures = (
-            *(self.us[i], self.start_us[i], self.waves[i], self.block_ns[i], table.tile_ns[i]),
-            *(self.memory_us[i], self.power_us[i], table.end_us[i]),
+            *(self.us[0, i], self.start_us[i], self.waves[0, i], self.block_ns[0, i], table.tile_ns[i]),
+            *(self.memory_us[0, i], self.power_us[0, i], table.end_us[i]),
         )
         cost = Cost(*(x.item() for x in figures))
         ctas, config, problem = clusters * tile.cluster, self._config, self._problem
-        pdl = config.pdl and _may_overlap(problem)
+        pdl = config.pdl and bool(_may_overlap(problem, problem.m))
         return Plan(problem, tile, ctas, band, config.tc_util, pdl, cost, tile.stages)
 
     def _walk(self, i: int) -> tuple[int, int]:
@@ -172,8 +187,9 @@ class _Costs:
         equals the highest that is not higher than what is in flight, for then what shares b is close together.
         """
         height, width, k = int(self._table.height[i]), int(self._table.width[i]), self._problem.k
-        rows, columns, all_of_them = ceil(self.rows_of_group[i]), int(self.columns[i]), int(self.clusters[i])
-        count, half, at_least = float(self._count[i]), float(self._half[i]), _ceil_div(all_of_them, columns)
+        rows, columns = ceil(self.rows_of_group[0, i]), int(self.columns[i])
+        all_of_them = int(self.clusters[0, i] if self._known else self.clusters[i])
+        count, half, at_least = float(self._count[0, i]), float(self._half[i]), _ceil_div(all_of_them, columns)
 
         def run(band: int) -> int:
             few = all_of_them - all_of_them % band
@@ -193,13 +209,13 @@ class _Costs:
         return run(band), band
 
 
-def _may_overlap(problem: Problem) -> bool:
-    """Whether a tile's launch may overlap with the kernel before.
+def _may_overlap(problem: Problem, m: Any) -> Any:
+    """Whether a tile's launch may overlap with the kernel before, if there are m rows.
 
     CTAs then start one by one, and read the same rows of a at different times: with many rows and a long K that costs
     more than it saves (docs/facts.md, few rows).
     """
-    return problem.kind != Kind.DENSE or problem.m <= 64 or problem.k < LONG_K
+    return (m <= 64) | (problem.kind != Kind.DENSE or problem.k < LONG_K)
 
 
 def _turns(count: Any, clusters: Any, half: Any) -> Any:
@@ -214,8 +230,8 @@ def ranked(problem: Problem, device: Device, config: Config = DEFAULT, every_spl
 
     All split K as the chosen one does; with every_split, in any way.
     """
-    options = _Options(problem, device, config)
-    split = None if every_split or not options.any else options.split()
+    options = _Options(Problems(problem), device, config)
+    split = None if every_split else options.split
     return tuple(options.plan(i) for i in options.cheapest_first(split))
 
 
@@ -224,35 +240,59 @@ def choose(problem: Problem, device: Device, config: Config = DEFAULT) -> Plan:
 
     Raises: InvalidInputError where set_block_size_multiple_of leaves no tile that is legal.
     """
-    options = _Options(problem, device, config)
-    if not options.any:
-        raise InvalidInputError(f"no tile is left for {problem}: allow smaller ones by set_block_size_multiple_of(1)")
-    return options.plan(options.cheapest(config.pdl, options.split()))
+    options = _Options(Problems(problem), device, config)
+    return options.plan(options.cheapest(config.pdl)[0])
+
+
+def choices(problems: Problems, device: Device, config: Config = DEFAULT) -> tuple[list[Tile | Strip], ...]:
+    """What `choose` chooses for each of many problems, without and with overlap. In a few microseconds for each.
+
+    All of them have at most decode.MOST_ROWS rows, or all have more. Raises: as `choose`.
+    """
+    options = _Options(problems, device, config)
+    return tuple([options.tile(i) for i in options.cheapest(pdl)] for pdl in (False, True))
 
 
 class _Options:
-    """Tiles, and then strips, with what they cost (infinite where they are not legal)."""
+    """Tiles, and then strips, with what they cost (infinite where they are not legal): a row for each problem."""
 
-    def __init__(self, problem: Problem, device: Device, config: Config) -> None:
-        self._table = table = _table(problem.column_scales)
-        self._pdl = config.pdl
-        self._tiles = _Costs(table, problem, device, config)
-        legal = _legal(table, problem, device, config)
+    def __init__(self, problems: Problems, device: Device, config: Config) -> None:
+        problem = problems.like
+        table = _table(problem.column_scales)
+        legal = _legal(table, problems, device, config)
+        self._strips = decode.Costs(problems, device, config) if decode.takes(problems, device, config) else None
+        if not (legal.any() or problem.column_scales):
+            table = _spare_table()
+            legal = _legal(table, problems, device, config)
+        self._table, self._pdl = table, config.pdl
+        self._tiles = _Costs(table, problems, device, config)
         us = np.where(legal, self._tiles.us, np.inf)
         overlap_us = 0.0
-        if problem.kind == Kind.DENSE and _may_overlap(problem):
-            overlap_us = (OVERLAP_US + READY_US * min(1.0, AHEAD / problem.k_blocks)) * (table.cluster == 1)
-        self._us, self._split = [us, us - overlap_us], np.ones(len(us), dtype=int)
-        self._strips = decode.Costs(problem, device, config) if decode.takes(problem, device, config) else None
+        if problem.kind == Kind.DENSE:
+            sooner_us = (OVERLAP_US + READY_US * min(1.0, AHEAD / problem.k_blocks)) * (table.cluster == 1)
+            overlap_us = np.where(_may_overlap(problem, problems.m), sooner_us, 0)
+        self._us, self._split = [us, us - overlap_us], np.ones(len(table.tiles), dtype=int)
         if self._strips:
             of_strips = (np.where(self._strips.legal, self._strips.us(pdl), np.inf) for pdl in (False, True))
-            self._us = [np.concatenate(pair) for pair in zip(self._us, of_strips, strict=True)]
+            self._us = [np.concatenate(pair, axis=1) for pair in zip(self._us, of_strips, strict=True)]
             self._split = np.concatenate([self._split, self._strips.table.split])
-        for us, name in zip(self._us, measured.fastest(problem, device, config), strict=True):
-            i = self._find(name) if name else None
-            if i is not None and np.isfinite(us[i]):
-                us[i] = 0.99 * us.min()  # whatever the model foretells, which `plan` still reports
-        self.any = bool(np.isfinite(self._us[0]).any())
+        if not np.isfinite(self._us[0]).any(axis=1).all():
+            raise InvalidInputError(
+                f"no tile is left for {problem}: allow smaller ones by set_block_size_multiple_of(1)"
+            )
+        self._prefer_measured(problems, measured.lines(problem, device, config))
+        self.splits = self._cheapest_splits()
+
+    def _prefer_measured(self, problems: Problems, lines: measured.Lines) -> None:
+        """Makes the plans that are known to be fastest the cheapest, whatever the model foretells (see plan)."""
+        count = problems.m if problems.like.kind == Kind.DENSE else problems.rows / problems.like.groups
+        for first, last, *names in lines:
+            within = ((first <= count) & (count <= last))[:, 0]
+            for us, name in zip(self._us, names, strict=True):
+                i = self._find(name) if name and within.any() else None
+                if i is not None:
+                    known = within & np.isfinite(us[:, i])
+                    us[known, i] = 0.99 * us[known].min(axis=1)
 
     def _find(self, name: str) -> int | None:
         """The number of the plan of that name, if there is one."""
@@ -261,21 +301,38 @@ class _Options:
         strip = self._strips.find(name) if self._strips else None
         return None if strip is None else len(self._table.tiles) + strip
 
-    def cheapest(self, pdl: bool, split: int) -> int:
-        return int(np.where(self._split == split, self._us[pdl], np.inf).argmin())
-
-    def split(self) -> int:
+    def _cheapest_splits(self) -> Any:
         """Into how many parts K is split: the same with and without overlap, what is fastest on the whole."""
-        splits = sorted(set(self._split[np.isfinite(self._us[0])].tolist()))
-        return min(splits, key=lambda split: sum(self._us[pdl][self.cheapest(pdl, split)] for pdl in (False, True)))
+        every = np.unique(self._split)
+        if len(every) == 1:
+            return np.full(len(self._us[0]), every[0])
+        totals = [sum(np.where(self._split == split, us, np.inf).min(axis=1) for us in self._us) for split in every]
+        return every[np.argmin(totals, axis=0)]
+
+    @property
+    def split(self) -> int:
+        """Of the first problem."""
+        return int(self.splits[0])
+
+    def cheapest(self, pdl: bool) -> list[int]:
+        """Of each problem the number of its plan."""
+        return np.where(self._split == self.splits[:, None], self._us[pdl], np.inf).argmin(axis=1).tolist()
 
     def cheapest_first(self, split: int | None) -> list[int]:
-        us = self._us[self._pdl]
+        us = self._us[self._pdl][0]
         legal = np.flatnonzero(np.isfinite(us) & ((self._split == split) | (split is None)))
         return legal[np.argsort(us[legal], kind="stable")].tolist()
 
+    def tile(self, i: int) -> Tile | Strip:
+        tiles = self._table.tiles
+        if i < len(tiles):
+            return tiles[i]
+        assert self._strips
+        return self._strips.table.variants[i - len(tiles)].strip
+
     def plan(self, i: int) -> Plan:
-        tiles = len(self._tiles.us)
+        """Of the first problem."""
+        tiles = len(self._table.tiles)
         if i < tiles:
             return self._tiles.plan(i)
         assert self._strips
@@ -284,41 +341,44 @@ class _Options:
 
 def is_legal(tile: Tile, problem: Problem, device: Device, config: Config = DEFAULT) -> bool:
     """A cluster needs two tiles to share an operand, and two SMs; a tile has rows of one group alone."""
-    return bool(_legal(_Table((tile,)), problem, device, config)[0])
+    return bool(_legal(_Table((tile,)), Problems(problem), device, config)[0, 0])
 
 
 def plan_for(tile: Tile, problem: Problem, device: Device, config: Config = DEFAULT) -> Plan:
     """The plan that walks the problem with that tile."""
-    return _Costs(_Table((tile,)), problem, device, config).plan(0)
+    return _Costs(_Table((tile,)), Problems(problem), device, config).plan(0)
 
 
-def _legal(table: _Table, problem: Problem, device: Device, config: Config) -> Any:
+def _legal(table: _Table, problems: Problems, device: Device, config: Config) -> Any:
+    problem = problems.like
     legal = (table.smem_bytes <= device.smem_bytes) & (table.cluster <= (config.num_sms or device.num_sms))
-    legal &= (table.cluster_m == 1) | (problem.m > table.block_m)
     legal &= (table.cluster_n == 1) | (problem.n > table.block_n)
     if problem.kind == Kind.CONTIGUOUS:
         legal &= problem.alignment % table.block_m == 0
-    return legal & (table.block_m % config.block_m == 0) & (table.block_n % config.block_n == 0)
+    legal &= (table.block_m % config.block_m == 0) & (table.block_n % config.block_n == 0)
+    return legal & ((table.cluster_m == 1) | (problems.m > table.block_m))
 
 
-def _rows(table: _Table, problem: Problem) -> tuple[Any, int, Any, Any, Any]:
+def _rows(table: _Table, problems: Problems) -> tuple[Any, int, Any, Any, Any]:
     """Rows of tiles in a group, groups that have them, how much of a row of tiles takes time, how much of it multiplies
     (a cluster waits for its fuller CTA), and if all groups have as many.
 
     Where the device alone knows, groups are taken to be spread evenly from 0.7 to 1.3 times what is expected.
     """
+    problem, m = problems.like, problems.m
     if problem.kind in (Kind.MASKED, Kind.ENDS):
-        expected = max(1.0, problem.rows / problem.groups)
-        sizes = np.array([[min(ceil(expected * x), problem.m)] for x in (_SPREAD if expected < problem.m else (1,))])
+        expected = np.maximum(1.0, problems.rows / problem.groups)
+        spread = np.minimum(np.ceil(expected * _SPREAD[:, None, None]), m).astype(np.int64)
+        sizes = np.where(expected < m, spread, m)  # each a row of problems
         rows = _ceil_div(sizes, table.height)
         # Of the last row of tiles, the upper CTA of a cluster, which is the fuller one.
         filled = _ceil_div(np.minimum(sizes - (rows - 1) * table.height, table.block_m), 64) * 64 / table.block_m
         alike = (rows == rows[0]).all(0)
         mean = rows.mean(0)
-        multiplied = (_ceil_div(sizes, 64) * 64).mean() / (mean * table.height)
+        multiplied = (_ceil_div(sizes, 64) * 64).mean(0) / (mean * table.height)
         return mean, problem.groups, 1 - (1 - filled.mean(0)) / mean, multiplied, alike
     groups = problem.groups if problem.kind in (Kind.K_GROUPED, Kind.K_ENDS) else 1
-    return _ceil_div(problem.m, table.height), groups, 1.0, 1.0, True
+    return _ceil_div(m, table.height), groups, 1.0, 1.0, True
 
 
 def _ceil_div(x: Any, y: Any) -> Any:

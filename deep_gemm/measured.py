@@ -114,16 +114,21 @@ MASKED: dict[str, dict[tuple[int, int], tuple[tuple[int, int, str], ...]]] = {
 }
 
 
-def fastest(problem: Problem, device: Device, config: Config) -> tuple[str | None, str | None]:
-    """The names (`Plan.name`) of the plans that were fastest, alone and overlapping, where that is known better."""
+def lines(problem: Problem, device: Device, config: Config) -> Lines:
+    """Those of a problem's layer, for its m, or the rows that are expected of each of its groups."""
     whole = device.num_sms == NUM_SMS == (config.num_sms or NUM_SMS) and config.tc_util == 100
     gpu, layer = "H200" if device.memory_gbps == H200.memory_gbps else "H100", (problem.n, problem.k)
     if problem.kind == Kind.DENSE and not problem.column_scales and whole:
-        for first, last, alone, overlapping in PLANS[gpu].get(layer, ()):
-            if first <= problem.m <= last:
-                return alone, overlapping
+        return PLANS[gpu].get(layer, ())
     if problem.kind == Kind.MASKED and problem.groups >= MANY and whole:
-        for first, last, name in MASKED[gpu].get(layer, ()):
-            if first <= problem.rows / problem.groups <= last:
-                return name, name
+        return tuple((first, last, name, name) for first, last, name in MASKED[gpu].get(layer, ()))
+    return ()
+
+
+def fastest(problem: Problem, device: Device, config: Config) -> tuple[str | None, str | None]:
+    """The names (`Plan.name`) of the plans that were fastest, alone and overlapping, where that is known better."""
+    count = problem.m if problem.kind == Kind.DENSE else problem.rows / problem.groups
+    for first, last, alone, overlapping in lines(problem, device, config):
+        if first <= count <= last:
+            return alone, overlapping
     return None, None

@@ -20,6 +20,8 @@ ENTRY = "fp8_gemm"
 PAIR = 2  # CTAs of neighbouring rows of strips
 IN_PAIRS = " in pairs"  # after the name of a plan of strips that come so
 COUNTERS = 16384  # of claimed tiles, in every kernel's memory
+DEBUG_WAIT_SECONDS = 2  # that a barrier is waited for in kernels of debug mode
+DESCRIBE, REPORT = "describe", "report"  # the kernels beside those that multiply
 
 # chunk_n and banks of a sole warpgroup where one wgmma of the tile's width would leave too few registers for a second
 WIDE = {
@@ -135,11 +137,11 @@ class Tile:
             "producer_registers": producer,
             "wait_limit": wait_limit,
         }
-        return _config(constants, self.chunk_n)
+        return _config(constants, _wgmma_block(self.chunk_n, one_statement=self.warpgroups < 3))
 
     def source(self, wait_limit: int = 0) -> Source:
         """The kernel for this tile, ready to be compiled."""
-        return _source(f"{ENTRY}.cu", self.render(wait_limit))
+        return _source(f"{ENTRY}.cu", self.render(wait_limit), kernel_name(self.name, wait_limit > 0))
 
 
 @dataclass(frozen=True)
@@ -198,11 +200,11 @@ class Strip:
     def render(self, wait_limit: int = 0) -> str:
         """The text of config.cuh."""
         constants = {f.name: getattr(self, f.name) for f in fields(self)} | {"wait_limit": wait_limit}
-        return _config(constants, self.width)
+        return _config(constants, _wgmma(self.width))
 
     def source(self, wait_limit: int = 0) -> Source:
         """The kernel for this strip, ready to be compiled."""
-        return _source("decode.cu", self.render(wait_limit))
+        return _source("decode.cu", self.render(wait_limit), kernel_name(self.name, wait_limit > 0))
 
 
 _HEADER = """\
@@ -212,26 +214,58 @@ _HEADER = """\
 """
 
 
-def _config(constants: dict[str, int], chunk_n: int) -> str:
+def _config(constants: dict[str, int], wgmma: str) -> str:
     lines = [f"constexpr int {name.upper()} = {int(value)};" for name, value in constants.items()]
-    return "\n".join([_HEADER, *lines, "", _wgmma(chunk_n)])
+    return "\n".join([_HEADER, *lines, "", wgmma])
 
 
 def _wgmma(n: int) -> str:
+    return f"""\
+// wgmma.mma_async: d (+)= a @ b.T, 64 x {n} x 32; both operands through descriptors of shared memory
+DEVICE void wgmma(float (&d)[{n // 2}], uint64_t a, uint64_t b, bool accumulate) {{
+{_wgmma_statement(n, ["a"], ["b"], "int(accumulate)")}
+}}
+"""
+
+
+def _wgmma_block(n: int, one_statement: bool) -> str:
+    """The wgmmas of a K block. In one statement they compile a fifth faster than one by one, to the same code.
+
+    But of three warpgroups, for which ptxas then spreads registers so that 192x128 is 3 to 4 % slower (docs/facts.md,
+    the tool chain).
+    """
+    steps = range(0, BLOCK_K // 16, 2)  # 32 bytes each, in units of 16
+    if one_statement:
+        before, body = "", _wgmma_statement(n, [f"a + {i}" for i in steps], [f"b + {i}" for i in steps], "0")
+    else:
+        before = f"{_wgmma(n)}\n"
+        body = "\n".join(f"    wgmma(d, a + {i}, b + {i}, {'true' if i else 'false'});" for i in steps)
+    return f"""\
+{before}// d = a @ b.T, 64 x {n} x {BLOCK_K}
+DEVICE void wgmma_block(float (&d)[{n // 2}], uint64_t a, uint64_t b) {{
+{body}
+}}
+"""
+
+
+def _wgmma_statement(n: int, a: list[str], b: list[str], accumulate: str) -> str:
+    """One wgmma for each pair of descriptors, of which the first adds to d only if that is wanted."""
     registers = n // 2
     outputs = ", ".join(f"%{i}" for i in range(registers))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(registers))
+    instruction = f'"wgmma.mma_async.sync.aligned.m64n{n}k32.f32.e4m3.e4m3 "\n        "{{{outputs}}}'
+    instructions = "\n        ".join(
+        f'{instruction}, %{registers + 2 * i}, %{registers + 2 * i + 1}, {"1" if i else "p"}, 1, 1;\\n"'
+        for i in range(len(a))
+    )
+    descriptors = ", ".join(f'"l"({x}), "l"({y})' for x, y in zip(a, b, strict=True))
     return f"""\
-// wgmma.mma_async: d (+)= a @ b.T, 64 x {n} x 32; both operands through descriptors of shared memory
-DEVICE void wgmma(float (&d)[{registers}], uint64_t a, uint64_t b, bool accumulate) {{
     asm volatile(
-        "{{ .reg .pred p; setp.ne.b32 p, %{registers + 2}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{n}k32.f32.e4m3.e4m3 "
-        "{{{outputs}}}, %{registers}, %{registers + 1}, p, 1, 1; }}"
+        "{{ .reg .pred p; setp.ne.b32 p, %{registers + 2 * len(a)}, 0;\\n"
+        {instructions}
+        "}}"
         : {operands}
-        : "l"(a), "l"(b), "r"(int(accumulate)));
-}}
-"""
+        : {descriptors}, "r"({accumulate}));"""
 
 
 @cache
@@ -243,10 +277,15 @@ def _kernel_texts() -> dict[str, str]:
     return {name: (folder / name).read_text() for name in names}
 
 
-def _source(name: str, config: str) -> Source:
+def _source(name: str, config: str, kernel: str) -> Source:
     texts = _kernel_texts()
     headers = tuple((header, text) for header, text in texts.items() if header.endswith(".cuh"))
-    return Source(name, texts[name], (("config.cuh", config), *headers))
+    return Source(name, texts[name], (("config.cuh", config), *headers), kernel)
+
+
+def kernel_name(name: str, debug: bool) -> str:
+    """What a kernel is called, to people."""
+    return f"{name} debug" if debug else name
 
 
 @dataclass(frozen=True)
@@ -385,9 +424,9 @@ def make_strip(swapped: bool, width: int, warpgroups: int = 1) -> Strip:
 
 def describing_source() -> Source:
     """The kernel that describes groups along K to the copy engine; the same for every tile."""
-    return _source("describe.cu", make_tile(64, 32, column_scales=True).render())
+    return _source("describe.cu", make_tile(64, 32, column_scales=True).render(), DESCRIBE)
 
 
 def reporting_source() -> Source:
     """The kernel that says, in debug mode, what is wrong with a contiguous grouped layout."""
-    return _source("report.cu", "")
+    return _source("report.cu", "", REPORT)

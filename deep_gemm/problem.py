@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from .errors import InvalidInputError
@@ -66,16 +67,41 @@ class Problem:
     @property
     def bytes(self) -> int:
         """Every operand read once, the result written once."""
+        return self.bytes_of(self.rows)
+
+    def bytes_of(self, rows: Any) -> Any:
+        """The same if there were so many rows (a number, or an array of them)."""
         along_k = self.kind in (Kind.K_GROUPED, Kind.K_ENDS)
         weights, results = (1, self.groups) if along_k else (self.groups, 1)
         scale_rows = self.n if self.column_scales else ceil_div(self.n, 128)
-        scales = 4 * self.k_blocks * (self.rows + weights * scale_rows)
-        result = (8 if self.column_scales else 2) * results * self.rows * self.n
-        return (self.rows + weights * self.n) * self.k + result + scales
+        scales = 4 * self.k_blocks * (rows + weights * scale_rows)
+        result = (8 if self.column_scales else 2) * results * rows * self.n
+        return (rows + weights * self.n) * self.k + result + scales
 
     @property
     def is_empty(self) -> bool:
         return self.m == 0 or self.n == 0 or self.groups == 0
+
+
+class Problems:
+    """A problem; or many that differ from it alone in how many rows there are, or are expected where there is a hint.
+
+    counts: m of each, or expected_m. m, rows, bytes: as of Problem, a column of them; contiguous groups fill rows up to
+    the next multiple of their alignment.
+    """
+
+    def __init__(self, like: Problem, counts: Any = None) -> None:
+        self.like = like
+        m, rows = np.array([[like.m]]), np.array([[like.rows]])
+        if counts is not None:
+            column = np.reshape(counts, (-1, 1))
+            if like.expected_m is None:
+                m, rows = column, column * (like.rows // like.m)
+            else:
+                m, rows = m * np.ones_like(column), like.groups * np.minimum(column, like.m)
+        if like.kind == Kind.CONTIGUOUS:
+            m = rows = -(-m // like.alignment) * like.alignment
+        self.m, self.rows, self.bytes = m, rows, like.bytes_of(rows)
 
 
 class Operands(NamedTuple):

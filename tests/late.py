@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from deep_gemm.runtime import driver
-from deep_gemm.runtime.compiler import Source, cubin_for
+from deep_gemm.runtime.compiler import Source, obtain
 
 LATE_COPY = """
 extern "C" __global__ void late_copy(uint4* to, const uint4* from, unsigned int count) {
@@ -22,7 +22,7 @@ extern "C" __global__ void late_copy(uint4* to, const uint4* from, unsigned int 
 
 def copier(to: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
     """A function that queues such a copy of all bytes on the current stream, with nothing before it or behind."""
-    cuda, kernel = driver.driver(), driver.load(cubin_for(Source("late.cu", LATE_COPY)), "late_copy", "late")
+    cuda, kernel = driver.driver(), driver.load(obtain(Source("late.cu", LATE_COPY)).image, "late_copy", "late")
     function = cuda.CUfunction(int(kernel))
     sixteenths = to.numel() * to.element_size() // 16
     values = (ctypes.c_uint64(to.data_ptr()), ctypes.c_uint64(source.data_ptr()), ctypes.c_uint32(sixteenths))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import late
 import pytest
 import sanitizer
+import tiles
 import torch
 
 import deep_gemm
@@ -36,8 +37,7 @@ KINDS = ["contiguous", "ends", "masked", "columns", "k_grouped", "k_ends"]
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
-    tiles = (*heuristics.tiles(), *heuristics.tiles(True))
-    compile_many([*(tile.source() for tile in tiles), describing_source()])
+    compile_many([*(tile.source() for tile in tiles.EVERY), describing_source()])
 
 
 @pytest.fixture(autouse=True)
@@ -255,7 +255,7 @@ def test_every_tile_gives_the_exact_bits(kind):
         cases += [masked([40, 41, 3, 0], 40, 808, 272, 20), masked([1, 0] * 20, 48, 72, 144, 1)]
     for case in cases:
         want = exact(case)
-        for tile in heuristics.tiles(case.problem.column_scales):
+        for tile in tiles.of(case.problem.column_scales):
             for num_sms in (132, 3):
                 settings = Config(num_sms=num_sms)
                 if heuristics.is_legal(tile, case.problem, hopper, settings):
@@ -384,7 +384,7 @@ def test_masked_multicast_with_an_odd_number_of_column_tiles():
     want = exact(case)
     for shape in ((64, 128, 1, 2), (128, 128, 1, 2), (128, 128, 2, 1), (192, 128, 1, 2), (64, 128, 2, 1)):
         case.operands.d.fill_(NAN)
-        launch(heuristics.plan_for(heuristics.make_tile(*shape), case.problem, hopper), case.operands)
+        launch(heuristics.plan_for(tiles.made(*shape), case.problem, hopper), case.operands)
         assert differing(case.operands.d, want) == 0, shape
         assert untouched(case), shape
 
@@ -394,7 +394,7 @@ def test_masked_multicast_with_an_odd_number_of_column_tiles():
 def test_ten_thousand_repeats_of_results_in_parts(n: int, k: int, num_sms: int):
     """Both halves of a result take the same shared memory: with short K one is sent while the next is converted."""
     case = masked([200, 3, 0, 256, 130, 129, 241], 300, n, k)
-    tile = heuristics.make_tile(128, 256, 2, parts=2)
+    tile = tiles.made(128, 256, 2, parts=2)
     plan = heuristics.plan_for(tile, case.problem, device.current(0), Config(num_sms=num_sms))
     d, want, differences = case.operands.d, exact(case), torch.zeros((), dtype=torch.int64, device="cuda")
     launch(plan, case.operands)
@@ -621,7 +621,7 @@ print("ran")
 
 @pytest.mark.parametrize("kind", ["masked", "ends", "contiguous", "columns", "k_grouped"])
 def test_first_call_inside_a_capture(kind, tmp_path):
-    environment = os.environ | {"DG_JIT_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | {"DG_JIT_CACHE_DIR": str(tmp_path), "DG_JIT_STRICT": "0"}
     command = [sys.executable, "-c", FIRST_CALL_CAPTURED, kind]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0 and "ran" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
@@ -663,7 +663,7 @@ def claiming(num_sms, *shape):
     """A masked multiplication that many CTAs claim tiles of, its plan, and the exact result."""
     case = masked([0, 129, 3, 200, 64] * 8, 200, 520, 272)
     settings = Config(num_sms=num_sms)
-    plan = heuristics.plan_for(heuristics.make_tile(*shape), case.problem, device.current(0), settings)
+    plan = heuristics.plan_for(tiles.made(*shape), case.problem, device.current(0), settings)
     assert plan.claims
     return case, plan, exact(case)
 
@@ -716,7 +716,7 @@ def test_last_tiles_are_halved(kind):
         indices = [0] * 128 + [1] * 188 + [-1] * 132 + [2] * 64 + [-1] * 3 + [3] * 100 + [-1] * 25 + [3] * 44
         case = contiguous([0] * 4, 520, 400, indices=indices)
     want = exact(case)
-    for tile in (tile for tile in heuristics.tiles(case.problem.column_scales) if tile.block_m == 128):
+    for tile in (tile for tile in tiles.of(case.problem.column_scales) if tile.block_m == 128):
         for num_sms in range(4, 24):
             settings = Config(num_sms=num_sms)
             if heuristics.is_legal(tile, case.problem, hopper, settings):
@@ -724,7 +724,7 @@ def test_last_tiles_are_halved(kind):
                 launch(heuristics.plan_for(tile, case.problem, hopper, settings), case.operands)
                 assert differing(case.operands.d, want) == 0, (tile, num_sms)
                 ran += 1
-    assert ran >= (60 if kind == "columns" else 700)
+    assert ran >= (60 if kind == "columns" else 400)
 
 
 def test_k_grouped_of_many_groups():
@@ -784,6 +784,7 @@ import torch, deep_gemm
 from deep_gemm import heuristics, problem
 from deep_gemm.config import Config
 from deep_gemm.runtime import device
+from deep_gemm.runtime.compiler import compile_many
 from deep_gemm.runtime.launch import launch
 hopper = device.current(0)
 G, m, n, k = 3, 130, 136, 400
@@ -817,6 +818,7 @@ for described, operands in cases:
     deep_gemm.reference.multiply(described, want)
     for shape in shapes:
         tile, settings = heuristics.make_tile(*shape), Config(num_sms=8)
+        compile_many([tile.source()])
         if heuristics.is_legal(tile, described, hopper, settings):
             launch(heuristics.plan_for(tile, described, hopper, settings), operands)
             assert torch.equal(operands.d.cpu(), want.d), (described, tile)

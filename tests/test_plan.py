@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiles
 
 from bench import sweep
 from deep_gemm import decode, heuristics, measured, plan
@@ -21,14 +22,11 @@ KERNELS = Path(plan.__file__).parent / "kernels"
 SAMPLE = plan.make_tile(128, 256, 2, 1)
 
 
-ALL_TILES = (*heuristics.tiles(), *heuristics.tiles(True))
-
-
 @pytest.mark.parametrize("wait_limit", [0, 2], ids=["release", "debug"])
 def test_every_tile_compiles_clean(wait_limit):
     """Tensor cores in use, nothing spilled, no wgmma serialised, setmaxnreg heeded, all as planned."""
-    tiles = ALL_TILES if wait_limit == 0 else ALL_TILES[::10]
-    for tile, cubin in zip(tiles, compile_many([tile.source(wait_limit) for tile in tiles]), strict=True):
+    some = tiles.EVERY if wait_limit == 0 else tiles.EVERY[::10]
+    for tile, cubin in zip(some, compile_many([tile.source(wait_limit) for tile in some]), strict=True):
         assert cubin.performance_warnings == [], tile
         info = sass.read(cubin.image)
         # Of K blocks: those of each main loop, one of what is left over; and one that is a single chunk.
@@ -70,8 +68,8 @@ def test_the_kernel_that_reports_compiles_where_local_memory_is_ruled_out(monkey
 
 
 def test_tiles_are_distinct_and_fit():
-    assert len(set(ALL_TILES)) == len(ALL_TILES)
-    for tile in ALL_TILES:
+    assert len(set(tiles.EVERY)) == len(tiles.EVERY)
+    for tile in tiles.EVERY:
         assert tile.smem_bytes <= H200.smem_bytes
         assert tile.stages >= 3
         assert tile.accumulators <= 192
@@ -141,7 +139,7 @@ def test_every_block_size_multiple_that_has_a_tile_finds_one(block_m: int, wides
 
 def test_no_tile_goes_without_rows_where_they_are_shared_out():
     """Whoever has the last rows has some; one box of 8 rows or more brings them; no more warpgroups have any."""
-    for tile in (*heuristics.tiles(), *heuristics.tiles(True), *decode.strips()):
+    for tile in (*tiles.EVERY, *decode.strips()):
         cluster_m = 1 if isinstance(tile, plan.Strip) else tile.cluster_m
         for m in range(1, 1100):
             problem = Problem(m, 264, 400, column_scales=tile.column_scales)

@@ -217,8 +217,7 @@ class Consumer {
         const uint64_t b = matrix_descriptor(shared_address(smem.b) / 16 + (stage * BLOCK_N + chunk * CHUNK_N) * ROW);
         pin(bank);
         wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < BLOCK_K / 32; ++k) wgmma(bank, a + k * 2, b + k * 2, k > 0);
+        wgmma_block(bank, a, b);
         wgmma_commit();
     }
 
