@@ -1,4 +1,4 @@
-# Five verbs. Each makes what it needs; VENV= runs in the interpreter PYTHON as it is, without installing anything.
+# Six verbs. Each makes what it needs; VENV= runs in the interpreter PYTHON as it is, without installing anything.
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -12,7 +12,7 @@ DEV_READY := $(VENV)/.dev-ready
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt
 endif
 
-.PHONY: demo test check gpu bench
+.PHONY: demo test check gpu bench wheel
 
 demo: $(USER_READY) ## DeepSeek-V3's linear layers on the best device there is
 	$(PY) -m deep_gemm demo $(ARGS)
@@ -31,6 +31,14 @@ gpu: $(DEV_READY) ## the tests that need a Hopper GPU
 bench: $(DEV_READY) ## measure on this GPU, beside cuBLASLt, and draw the newest results
 	$(PY) -m bench.run $(ARGS)
 	$(PY) -m bench.plot
+
+wheel: $(DEV_READY) ## a wheel that brings the kernels, in dist
+	rm -rf build && mkdir -p build/wheel dist
+	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(PY) -m wheel unpack --dest build build/wheel/*.whl
+	$(PY) -m deep_gemm compile --output "$$(echo build/deep_gemm-*)/deep_gemm/ready"
+	$(PY) -m wheel pack --dest-dir dist build/deep_gemm-*
+	@stat --format "%n: %s bytes" dist/*.whl
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "deep_gemm needs Python 3.10 or newer: make PYTHON=python3.12")'

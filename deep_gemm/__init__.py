@@ -58,6 +58,7 @@ from .config import (
     set_pdl,
     set_tc_util,
 )
+from .deployment import kernels_for
 from .gemm import (
     fp8_gemm_nn,
     fp8_gemm_nt,
@@ -147,6 +148,7 @@ __all__ = [
     "k_grouped_fp8_fp4_gemm_nt_contiguous",
     "k_grouped_fp8_gemm_nt_contiguous",
     "k_grouped_fp8_gemm_tn_contiguous",
+    "kernels_for",
     "m_grouped_bf16_gemm_nn_contiguous",
     "m_grouped_bf16_gemm_nt_contiguous",
     "m_grouped_bf16_gemm_nt_masked",

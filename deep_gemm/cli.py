@@ -3,6 +3,7 @@
 demo     multiplies the linear layers of DeepSeek-V3, experts among them, or of a checkpoint, and checks them
 doctor   says what is found, what is missing and how to get it
 explain  prints the plan for a shape, what it costs and what came second
+compile  compiles kernels before they are needed; cache  looks after what is kept of them (precompile.py)
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from . import (
     m_grouped_fp8_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_masked,
     measured,
+    precompile,
     reference,
     settings,
 )
@@ -40,7 +42,7 @@ from .problem import Kind, Problem, check_shape
 from .quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 from .runtime import device as devices
 from .runtime import sass
-from .runtime.compiler import Source, compile
+from .runtime.compiler import READY_MADE, Source, compile, compiler_of
 from .runtime.driver import check, driver
 
 # The linear layers of DeepSeek-V3 outside its routed experts: name, N, K. Projections of one input are one GEMM.
@@ -137,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--sms", type=_positive, help="SMs to use (default: all)")
     explain.add_argument("--device", choices=("h200", "current"), default="h200", help="plan for (default: h200)")
     explain.set_defaults(run=_explain)
+
+    precompile.add_to(commands, _positive)
     return parser
 
 
@@ -451,7 +455,7 @@ def _doctor(args: argparse.Namespace) -> int:
     needed = [_find_bindings(), _find_driver(), _find_compiler()]
     print(f"ok       Python         {sys.version.split()[0]}, {sys.executable}")
     print(f"ok       deep_gemm      {__version__}, {Path(__file__).parent}")
-    others = [_find_elftools(), _find_cache(), *_find_wrong_settings()]
+    others = [_find_elftools(), _find_ready_made(), _find_cache(), *_find_wrong_settings()]
     print(*[_find_torch(), _find_gpu(), *needed, *others], sep="\n")
     print("\nsettings, by the environment:")
     for name, _, value, _, meaning in settings.describe():
@@ -533,6 +537,13 @@ def _find_compiler() -> Finding:
             remedy = f"the driver loads no kernels of CUDA {major}: a newer driver, or pip install 'deep-gemm[cu12]'"
             return Finding("compiler", f"NVRTC {major}.{minor}", remedy)
     return Finding("compiler", f"NVRTC {major}.{minor}, {taken}")
+
+
+def _find_ready_made() -> Finding:
+    """Kernels that the package brings. Without them each is compiled once."""
+    compiler = compiler_of(READY_MADE)
+    count = len(list(READY_MADE.glob("*/manifest.json")))
+    return Finding("ready-made", f"{count} kernels of {compiler}" if compiler else "no kernels: see deep-gemm compile")
 
 
 def _find_cache() -> Finding:

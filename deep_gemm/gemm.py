@@ -5,18 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 
-from . import config, problem, reference, settings
+from . import config, problem, recorded, reference, settings
 from .config import Config
+from .decode import MOST_ROWS
 from .errors import InvalidInputError
-from .heuristics import choose
+from .heuristics import choices, choose
 from .layout import get_mk_alignment_for_contiguous_layout
-from .plan import Plan
-from .problem import Operands, Pair, Problem
+from .plan import Plan, Strip, Tile
+from .problem import Operands, Pair, Problem, Problems
 from .runtime import device
 from .runtime.launch import launch, prepare
 
@@ -291,10 +294,10 @@ def _run(problem: Problem, operands: Operands) -> None:
         if not config.get_compile_mode():
             reference.multiply(problem, operands)
         return
-    plan = plan_of(problem, index)
     if config.get_compile_mode():
-        prepare(plan, index)
-    elif problem.k == 0:  # no group has any columns
+        return prepare(_kernel_of(problem, index), problem.kind, index)
+    plan = plan_of(problem, index)
+    if problem.k == 0:  # no group has any columns
         operands.d.zero_() if operands.c is None else operands.d.copy_(operands.c)
     else:
         launch(plan, operands)
@@ -308,6 +311,27 @@ def plan_of(problem: Problem, device_index: int = 0) -> Plan:
     return _plan(problem, device_index, config.current())
 
 
+def _kernel_of(problem: Problem, device_index: int) -> Tile | Strip:
+    """The kernel of plan_of. What differs in its rows is planned together, for those who ask for all M in turn."""
+    hint = problem.expected_m is not None
+    count = problem.expected_m if problem.expected_m is not None else problem.m
+    if count < 1:
+        return plan_of(problem, device_index).tile
+    like = replace(problem, expected_m=1) if hint else replace(problem, m=1)
+    step = 1 if hint else problem.alignment  # rows that are planned alike
+    block, i = divmod((count - 1) // step, MOST_ROWS)
+    return _kernels_of(like, step, block, device_index, config.current())[i]
+
+
+@lru_cache(maxsize=1024)
+def _kernels_of(like: Problem, step: int, block: int, device_index: int, settings_now: Config) -> list[Tile | Strip]:
+    """Of MOST_ROWS problems, which have `block * MOST_ROWS + 1` and more times `step` rows."""
+    hopper = device.current(device_index)
+    hopper.require_hopper()
+    counts = (np.arange(1, MOST_ROWS + 1) + block * MOST_ROWS) * step
+    return choices(Problems(like, counts), hopper, settings_now)[int(settings_now.pdl)]
+
+
 @lru_cache(maxsize=4096)
 def _plan(problem: Problem, device_index: int, settings_now: Config) -> Plan:
     hopper = device.current(device_index)
@@ -315,4 +339,6 @@ def _plan(problem: Problem, device_index: int, settings_now: Config) -> Plan:
     plan = choose(problem, hopper, settings_now)
     if settings.get("DG_PRINT_CONFIGS"):
         print(f"deep_gemm: {problem}: {plan}", file=sys.stderr)
+    if file := settings.get("DG_RECORD_SHAPES"):
+        recorded.append(file, problem, hopper, settings_now)
     return plan

@@ -1,6 +1,7 @@
 """What all tests share: a cache of kernels of this run's own, and no GPU tests where there is no Hopper GPU.
 
 `--results FOLDER` keeps the outcome of a run on a GPU: <date>-<gpu>.json, with the machine, versions and commit.
+`--strict-kernels` runs with DG_JIT_STRICT=1, once all kernels that the planner may choose are compiled.
 `--fuzz-minutes M` lets each seed of the fuzzer's slice go on for so long; the cases are counted in the outcome.
 """
 
@@ -15,6 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from deep_gemm import kernels_for
+from deep_gemm.runtime.compiler import compile_many
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; tests start others, which inherit it
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -31,6 +35,7 @@ def _why_no_gpu() -> str | None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, metavar="FOLDER", help="keep the outcome of a run on a GPU there")
+    parser.addoption("--strict-kernels", action="store_true", help="let no call on a GPU compile")
     parser.addoption("--fuzz-minutes", type=float, metavar="M", help="fuzz for so long with each seed, not 40 cases")
 
 
@@ -47,14 +52,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             if outcome != "passed" or report.when == "call":
                 tests.setdefault(report.nodeid.partition("[")[0], Counter())[outcome] += 1
                 fuzzed["cases"] += dict(report.user_properties).get("cases", 0)
+    strict = bool(config.getoption("--strict-kernels"))
     now, gpu = datetime.now(timezone.utc), machine()
     total = sum(tests.values(), Counter())
     about = {"time": now.isoformat(timespec="seconds"), **commit(), "machine": gpu, "versions": versions()}
+    about |= {"strict_kernels": strict, "total": total, "fuzzed": fuzzed, "tests": dict(sorted(tests.items()))}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{now.date()}-{slug(gpu['gpu'])}.json"
-    path.write_text(
-        json.dumps(about | {"total": total, "fuzzed": fuzzed, "tests": dict(sorted(tests.items()))}, indent=1) + "\n"
-    )
+    path.write_text(json.dumps(about, indent=1) + "\n")
     terminalreporter.write_line(f"{path}: {dict(total)}")
 
 
@@ -74,9 +79,12 @@ def memory_goes_back(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kernel_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that this run's kernels are cached in, one for all of its processes; nothing from earlier runs."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
     os.environ["DG_JIT_CACHE_DIR"] = str(folder)
+    if request.config.getoption("--strict-kernels") and not _why_no_gpu():
+        compile_many([kernel.source() for debug in (False, True) for kernel in kernels_for(debug=debug)])
+        os.environ["DG_JIT_STRICT"] = "1"
     return folder

@@ -324,7 +324,7 @@ def test_compile_mode_launches_nothing_along_k(ks: list[int]):
 def test_compile_mode_compiles_what_a_call_would_launch(monkeypatch: pytest.MonkeyPatch):
     """Of a GPU's tensor the call asks the device alone, and a meta tensor has one that is not the CPU."""
     asked: list[Any] = []
-    monkeypatch.setattr(gemm, "prepare", lambda plan, index: asked.append(plan.tile))
+    monkeypatch.setattr(gemm, "prepare", lambda tile, kind, index: asked.append(tile))
     monkeypatch.setattr(gemm, "launch", lambda plan, operands: asked.append("launch"))
     problem, checked = gemm.problem.dense(*operands())
     checked = checked._replace(d=checked.d.to("meta"))

@@ -177,7 +177,8 @@ print("ran")
 @pytest.mark.parametrize("loading", ["LAZY", "EAGER"])
 def test_first_call_inside_a_capture(loading: str, tmp_path: Path) -> None:
     """Compiled, loaded and launched for the first time in a new process while a CUDA graph is captured."""
-    environment = os.environ | {"DG_JIT_CACHE_DIR": str(tmp_path), "CUDA_MODULE_LOADING": loading}
+    compiles = {"DG_JIT_CACHE_DIR": str(tmp_path), "DG_JIT_STRICT": "0"}
+    environment = os.environ | compiles | {"CUDA_MODULE_LOADING": loading}
     command = [sys.executable, "-c", FIRST_CALL_CAPTURED]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0 and "ran" in result.stdout, result.stdout[-3000:] + result.stderr[-3000:]

@@ -12,13 +12,22 @@ import torch
 from .. import settings
 from ..heuristics import box_rows, tile_rows
 from ..layout import align, ceil_div, get_mn_major_tma_aligned_tensor
-from ..plan import BLOCK_K, COUNTERS, ENTRY, Plan, Strip, Tile, describing_source, reporting_source
+from ..plan import (
+    BLOCK_K,
+    COUNTERS,
+    DEBUG_WAIT_SECONDS,
+    ENTRY,
+    Plan,
+    Strip,
+    Tile,
+    describing_source,
+    reporting_source,
+)
 from ..problem import Kind, Operands
 from .compiler import Source, cubin_for
 from .driver import bind_context, check, driver, load
 from .transpose import prepare as prepare_transposition
 
-DEBUG_WAIT_SECONDS = 2
 MAP_BYTES = 128
 MAX_LAUNCHERS = 1024  # for each thread
 
@@ -106,14 +115,18 @@ def launch(plan: Plan, operands: Operands) -> None:
     launcher(o)
 
 
-def prepare(plan: Plan, device_index: int) -> None:
+def prepare(tile: Tile | Strip, kind: Kind, device_index: int) -> None:
     """Compiles and loads what a launch needs, and launches nothing. Raises: CompileError, LaunchError."""
+    key = (tile, kind, device_index, settings.get("DG_JIT_DEBUG"))
+    if key in _prepared:
+        return
     with torch.cuda.device(device_index):
         _launchers()
-        kernel_for(plan.tile, device_index)
+        kernel_for(tile, device_index)
         prepare_transposition(device_index)  # for scales that are not laid out yet
-        if plan.problem.kind in (Kind.K_GROUPED, Kind.K_ENDS):
+        if kind in (Kind.K_GROUPED, Kind.K_ENDS):
             _small_kernel(describing_source(), device_index)
+    _prepared.add(key)
 
 
 class _Launcher:
@@ -218,6 +231,7 @@ def _launchers() -> dict[Any, _Launcher]:
 _lock = threading.Lock()
 _kernels: dict[tuple[Tile | Strip, int, bool], Any] = {}
 _small_kernels: dict[tuple[str, int], Any] = {}
+_prepared: set[tuple[Tile | Strip, Kind, int, bool]] = set()
 
 
 class _Counters:
