@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,7 +18,7 @@ from .errors import InvalidInputError
 from .heuristics import choices, choose
 from .layout import get_mk_alignment_for_contiguous_layout
 from .plan import Plan, Strip, Tile
-from .problem import Operands, Pair, Problem, Problems
+from .problem import Kind, Operands, Pair, Problem, Problems
 from .runtime import device
 from .runtime.launch import launch, prepare
 
@@ -313,21 +312,24 @@ def plan_of(problem: Problem, device_index: int = 0) -> Plan:
 
 def _kernel_of(problem: Problem, device_index: int) -> Tile | Strip:
     """The kernel of plan_of. What differs in its rows is planned together, for those who ask for all M in turn."""
-    hint = problem.expected_m is not None
-    count = problem.expected_m if problem.expected_m is not None else problem.m
+    hint = problem.expected_m
+    count, m, step = (problem.m, None, problem.alignment) if hint is None else (hint, problem.m, 1)
     if count < 1:
         return plan_of(problem, device_index).tile
-    like = replace(problem, expected_m=1) if hint else replace(problem, m=1)
-    step = 1 if hint else problem.alignment  # rows that are planned alike
-    block, i = divmod((count - 1) // step, MOST_ROWS)
-    return _kernels_of(like, step, block, device_index, config.current())[i]
+    block, i = divmod((count - 1) // step, MOST_ROWS)  # as many rows as a step are planned alike
+    others = problem.n, problem.k, problem.kind, problem.groups, problem.alignment, problem.column_scales
+    return _kernels_of(m, *others, step, block, device_index, config.current())[i]
 
 
 @lru_cache(maxsize=1024)
-def _kernels_of(like: Problem, step: int, block: int, device_index: int, settings_now: Config) -> list[Tile | Strip]:
-    """Of MOST_ROWS problems, which have `block * MOST_ROWS + 1` and more times `step` rows."""
+def _kernels_of(
+    m: int | None, n: int, k: int, kind: Kind, groups: int, alignment: int, column_scales: bool,
+    step: int, block: int, device_index: int, settings_now: Config,
+) -> list[Tile | Strip]:  # fmt: skip
+    """Of MOST_ROWS problems, which have, or with an m expect, `block * MOST_ROWS + 1` and more times `step` rows."""
     hopper = device.current(device_index)
     hopper.require_hopper()
+    like = Problem(m or 1, n, k, kind, groups, None if m is None else 1, alignment, column_scales)
     counts = (np.arange(1, MOST_ROWS + 1) + block * MOST_ROWS) * step
     return choices(Problems(like, counts), hopper, settings_now)[int(settings_now.pdl)]
 

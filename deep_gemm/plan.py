@@ -34,6 +34,14 @@ WIDE = {
 }
 
 
+# Without and with column scales: rows and columns of tiles with two banks for which turns of 8 K blocks are faster than
+# of 4, which compile in half the time and leave room for other instructions (docs/facts.md, the tool chain).
+EIGHTS = {
+    False: ((64, 16), (64, 32), (64, 48), (64, 64), (64, 192), (64, 256)),
+    True: ((64, 32), (128, 128)),
+}
+
+
 @dataclass(frozen=True)
 class Tile:
     """What a kernel is compiled for. Everything else is an argument of the launch.
@@ -393,14 +401,14 @@ def make_tile(
     else:
         chunk_n, banks = (block_n, 2) if block_n <= 128 else WIDE[block_n]
 
+    clusters = cluster_m * cluster_n == 2
     if banks == 1:
-        unroll = 4 if block_m == 128 else 1
-    elif block_n == 112:  # whose chunks leave too few registers
-        unroll = 4
-    elif chunk_n == block_n:
-        unroll = 8
+        unroll = 1 if block_m != 128 else 2 if clusters and block_n == 256 and parts == 1 else 4
+    elif chunk_n != block_n and chunk_n > 80:
+        unroll = 2
     else:
-        unroll = 2 if chunk_n > 80 else 4 if cluster_m * cluster_n == 2 else 8  # in clusters 8 is no faster than 4
+        eights = (block_m, block_n) in EIGHTS[column_scales] and not (clusters and chunk_n != block_n)
+        unroll = 8 if eights else 4
 
     def tile(stages: int) -> Tile:
         return Tile(block_m, block_n, chunk_n, banks, unroll, stages, cluster_m, cluster_n, column_scales, parts)

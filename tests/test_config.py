@@ -334,6 +334,23 @@ def test_compile_mode_compiles_what_a_call_would_launch(monkeypatch: pytest.Monk
         assert asked.pop() == last and not asked
 
 
+@pytest.mark.parametrize("pdl", [False, True])
+def test_compile_mode_asks_for_the_kernel_of_the_plan(pdl: bool):
+    """Problems are planned in blocks then: at the edges of these, and where the device alone knows how many rows."""
+    deep_gemm.set_pdl(pdl)
+    problems = [
+        Problem(m, n, k) for m in (1, 8, 9, 127, 128, 129, 256, 257, 4096) for n, k in ((2112, 7168), (24, 400))
+    ]
+    problems += [
+        Problem(m, 4096, 7168, Kind.CONTIGUOUS, 8, alignment=a) for m in (1, 128, 129, 20000) for a in (64, 128)
+    ]
+    problems += [Problem(4096, 7168, 2048, Kind.MASKED, 32, hint) for hint in (0, 1, 20, 128, 129, 192, 4096, 9999)]
+    problems += [Problem(4096, 7168, 2048, Kind.ENDS, 32, hint, 128) for hint in (None, 1, 20, 200)]
+    problems += [Problem(m, 768, 4096, Kind.K_GROUPED, 8, column_scales=True) for m in (16, 2048)]
+    for problem in problems:
+        assert gemm._kernel_of(problem, 0) == planned(problem).tile, problem
+
+
 @pytest.mark.parametrize("num_sms", [1, 78, 131])
 def test_results_do_not_depend_on_settings(num_sms: int):
     a, b, d = operands()
