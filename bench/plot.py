@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.table import FORK, LOOP, OURS, PEER, RESULTS, ROOT, Row, newest, other
+from bench.table import DENSE, DENSE_PDL, FORK, LOOP, OURS, PEER, RESULTS, ROOT, Row, newest, other
 from deep_gemm.runtime.device import memory_gbps
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ COLOURS = {
     FORK: "#3b6fb6",
     LOOP: "#3b6fb6",
 }
-MARKERS = {"dense": "o", "contiguous": "s", "masked": "^"}
+MARKERS = {DENSE: "o", DENSE_PDL: "D", "contiguous": "s", "masked": "^"}
+FAMILIES = {DENSE_PDL: "dense, launches overlap"}  # that are called otherwise than in results
 BARE_LOOP = {"NVIDIA H200": 1547}  # TFLOPS of a main loop and nothing else, in bursts (docs/facts.md)
 
 
@@ -69,11 +70,11 @@ def draw_roofline(axes: Axes, results: Row) -> None:
             [bare / memory, ends[1]], [bare] * 2, color="#444444", linewidth=0.9, linestyle=(0, (4, 3)), label=label
         )
     for name, size, filled in ((PEER, 22, False), (OURS, 30, True)):
-        for family, marker in MARKERS.items():
+        for family, marker in MARKERS.items() if filled else [(DENSE, MARKERS[DENSE])]:
             rows = [row for row in results["rows"] if row["family"] == family and teraflops(row, name)]
             if not rows:
                 continue
-            label = f"{NAMES[name]}, {family}" if filled else NAMES[name]
+            label = f"{NAMES[name]}, {FAMILIES.get(family, family)}" if filled else NAMES[name]
             axes.scatter(
                 [row["flop"] / row["bytes"] for row in rows],
                 [teraflops(row, name) or 0 for row in rows],
@@ -103,7 +104,7 @@ def draw_bars(axes: Axes, rows: Sequence[Row], names: Sequence[str], title: str)
         places = [y + (i - (len(names) - 1) / 2) * height for y in range(len(rows))]
         bars = axes.barh(places, speeds, height * 0.92, color=COLOURS[name], label=NAMES[name])
         axes.bar_label(bars, [f"{x:.0f}" if x else "" for x in speeds], padding=2, fontsize=7, color="#333333")
-    kinds = ["" if row["family"] == "dense" else f"{row['family']} " for row in rows]
+    kinds = ["" if row["family"] == DENSE else f"{row['family']} " for row in rows]
     axes.set_yticks(
         range(len(rows)), [kind + ", ".join(map(str, row["shape"])) for kind, row in zip(kinds, rows, strict=True)]
     )
@@ -133,8 +134,8 @@ def draw(results: Row, folder: Path) -> list[Path]:
         plt.close(figure)
 
         rows: list[Row] = results["rows"]
-        prefill = [row for row in rows if row["family"] == "dense" and row["shape"][0] > 128]
-        groups = [row for row in rows if row["family"] != "dense"]
+        prefill = [row for row in rows if row["family"] == DENSE and row["shape"][0] > 128]
+        groups = [row for row in rows if row["family"] not in (DENSE, DENSE_PDL)]
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 7), layout="constrained")
         names = [name for name in COLOURS if any(teraflops(row, name) for row in prefill)]
         draw_bars(left, prefill, names, "Prefill: M, N, K")
