@@ -36,7 +36,8 @@ wheel: $(DEV_READY) ## a wheel that brings the kernels, in dist
 	rm -rf build && mkdir -p build/wheel dist
 	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 	$(PY) -m wheel unpack --dest build build/wheel/*.whl
-	$(PY) -m deep_gemm compile --output "$$(echo build/deep_gemm-*)/deep_gemm/ready"
+	env $(foreach name,DEBUG WITH_LINEINFO USE_NVRTC NVCC_COMPILER,-u DG_JIT_$(name)) -u DG_NVCC_COMPILER -u DG_DISABLE_FFMA_INTERLEAVE \
+		$(PY) -m deep_gemm compile --output "$$(echo build/deep_gemm-*)/deep_gemm/ready"
 	$(PY) -m wheel pack --dest-dir dist build/deep_gemm-*
 	@stat --format "%n: %s bytes" dist/*.whl
 

@@ -42,6 +42,7 @@ from .problem import Kind, Problem, check_shape
 from .quantize import per_block_cast_to_fp8, per_token_cast_to_fp8
 from .runtime import device as devices
 from .runtime import sass
+from .runtime.cache import Cache
 from .runtime.compiler import READY_MADE, Source, compile, compiler_of
 from .runtime.driver import check, driver
 
@@ -557,6 +558,9 @@ def _find_cache() -> Finding:
     except OSError as error:
         return Finding("cache", f"{folder}: {error.strerror}", "set DG_JIT_CACHE_DIR to a folder of yours")
     value = f"{folder}, kernels: {len(entries)}, {size / 1e6:.1f} MB"
+    if reason := Cache(folder, trusted=settings.get("DG_JIT_ALLOW_SHARED_CACHE")).refusal():
+        what, _, remedy = reason.rpartition(": ")
+        return Finding("cache", what, remedy)
     there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
     remedy = f"{there} cannot be written, so every process compiles anew: set DG_JIT_CACHE_DIR to a folder of yours"

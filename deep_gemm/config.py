@@ -61,9 +61,14 @@ def set_tc_util(tc_util: int) -> None:
 
     Raises: InvalidInputError if it is no whole number between 1 and 100.
     """
+    _change(tc_util=percent(tc_util))
+
+
+def percent(tc_util: int) -> int:
+    """A limit of the tensor cores, checked. Raises: InvalidInputError."""
     if not (is_whole(tc_util) and 1 <= tc_util <= 100):
         raise InvalidInputError(f"tc_util is {tc_util!r}, expected a whole number of percent, 1 to 100")
-    _change(tc_util=int(tc_util))
+    return int(tc_util)
 
 
 def get_tc_util() -> int:
@@ -94,7 +99,13 @@ def set_block_size_multiple_of(multiple: int | tuple[int, int]) -> None:
 
     Raises: InvalidInputError where no tile is left.
     """
-    from .heuristics import tiles
+    block_m, block_n = block_size(multiple)
+    _change(block_m=block_m, block_n=block_n)
+
+
+def block_size(multiple: int | tuple[int, int]) -> tuple[int, int]:
+    """What a tile's rows and columns are to be multiples of. Raises: InvalidInputError where no tile is."""
+    from .heuristics import spare_tiles, tiles
 
     block_m, block_n = multiple if isinstance(multiple, (tuple, list)) and len(multiple) == 2 else (multiple, multiple)
     if not (
@@ -102,13 +113,13 @@ def set_block_size_multiple_of(multiple: int | tuple[int, int]) -> None:
         and is_whole(block_n)
         and block_m > 0
         and block_n > 0
-        and any(t.block_m % block_m == 0 and t.block_n % block_n == 0 for t in tiles())
+        and any(t.block_m % block_m == 0 and t.block_n % block_n == 0 for t in (*tiles(), *spare_tiles()))
     ):
         raise InvalidInputError(
             f"the block size is to be a multiple of {multiple!r}, expected divisors of 64, 128 or 192 (rows) "
             "and of a multiple of 16 up to 256 (columns)"
         )
-    _change(block_m=int(block_m), block_n=int(block_n))
+    return int(block_m), int(block_n)
 
 
 def set_compile_mode(mode: int) -> None:

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 
-from .config import Config
+from .config import Config, block_size, percent
 from .decode import MOST_ROWS, strips
 from .errors import InvalidInputError
-from .heuristics import choices, choose, is_legal, spare_tiles, tiles
-from .layout import is_whole
+from .heuristics import choices, is_legal, spare_tiles, tiles
+from .layout import alignment_of_groups, is_whole
 from .plan import (
     DEBUG_WAIT_SECONDS,
     DESCRIBE,
@@ -28,11 +29,11 @@ from .problem import Kind, Problem, Problems, check_shape
 from .recorded import Record
 from .runtime import transpose
 from .runtime.compiler import Source
-from .runtime.device import Device, named
+from .runtime.device import MODELS, Device
 
-GPUS = ("NVIDIA H100", "NVIDIA H200")
-NUM_SMS = 132  # of these
+GPUS = ("h100", "h200")
 MOST_MS = (1, 16384)
+MOST_COUNTS = 2**20  # numbers of rows that are gone through
 _BLOCK = 512  # problems that are planned together
 _LARGE = 2**30  # enough for every tile
 _LAYOUT = "layout"
@@ -119,20 +120,18 @@ def kernels_for(
             which groups are not known, all that is legal is listed.
         kinds: those of KINDS that are meant.
         ms: the least and the most of M (masked: of expected_m) of pairs and of what has no layers; (1, 16384) for
-            pairs, else any.
+            pairs, else any. A Layer has its own kind and ms.
         num_sms, tc_util, block_size_multiple_of: as given to the functions set_...; None: all SMs.
         alignment: as set by set_mk_alignment_for_contiguous_layout; None: 128 for layers, else any.
-        gpus: names, or Devices. A name stands for a GPU with 132 SMs.
+        gpus: names of runtime.device.MODELS, or Devices.
         debug: the kernels of a process with DG_JIT_DEBUG=1.
 
     With set_pdl and set_batch_invariant on and off. Raises: InvalidInputError.
     """
-    block_m, block_n = (
-        block_size_multiple_of if isinstance(block_size_multiple_of, tuple) else (block_size_multiple_of,) * 2
-    )
-    config = Config(num_sms=num_sms, tc_util=tc_util, block_m=block_m, block_n=block_n)
-    devices = [gpu if isinstance(gpu, Device) else named(gpu, NUM_SMS) for gpu in gpus]
-    kinds = _checked(kinds)
+    block_m, block_n = block_size(block_size_multiple_of)
+    config = Config(num_sms=num_sms, tc_util=percent(tc_util), block_m=block_m, block_n=block_n)
+    alignment = None if alignment is None else alignment_of_groups(alignment)
+    devices, kinds = _devices(gpus), _checked(kinds)
     _check_range("ms", ms)
     found: set[Tile | Strip] = set()
     if layers is None:
@@ -141,7 +140,7 @@ def kernels_for(
             found |= _legal(layer, alignment, device, _config(config, device))
     else:
         for x in layers:
-            for layer in [x] if isinstance(x, Layer) else [Layer(kind, *x, ms=ms or MOST_MS) for kind in kinds]:
+            for layer in [x] if isinstance(x, Layer) else [Layer(kind, *_pair(x), ms=ms or MOST_MS) for kind in kinds]:
                 _check(layer)
                 for device in devices:
                     found |= _of_layer(layer, alignment or 128, device, _config(config, device))
@@ -150,11 +149,14 @@ def kernels_for(
 
 def kernels_of_records(records: Iterable[Record], debug: bool = False) -> tuple[Kernel, ...]:
     """Every kernel that these problems need, with set_pdl and set_batch_invariant on and off."""
-    found = {
-        choose(problem, device, replace(config, pdl=pdl, batch_invariant=invariant)).tile
-        for problem, device, config in records
-        for pdl, invariant in product((False, True), repeat=2)
-    }
+    counts: dict[tuple[Problem, Device, Config], set[int]] = {}
+    for problem, device, config in records:
+        hint = problem.expected_m
+        like = replace(problem, m=1) if hint is None else replace(problem, expected_m=1)
+        counts.setdefault((like, device, config), set()).add(problem.m if hint is None else hint)
+    found: set[Tile | Strip] = set()
+    for (like, device, config), of_like in counts.items():
+        found |= _chosen(_split(like, np.array(sorted(of_like))), device, config)
     return _listed(found, debug)
 
 
@@ -163,15 +165,16 @@ def kernel_named(name: str) -> Kernel:
 
     Raises: InvalidInputError where there is none.
     """
-    known = {kernel.name: kernel for debug in (False, True) for kernel in _every(debug)}
+    known = {kernel.name: kernel for debug in (False, True) for kernel in every_kernel(debug)}
     if name not in known:
-        some = ", ".join(kernel.name for kernel in _every(False)[:3])
+        some = ", ".join(kernel.name for kernel in every_kernel(False)[:3])
         raise InvalidInputError(f"{name!r} is no kernel, expected one such as {some}: see deep-gemm compile --list")
     return known[name]
 
 
 @cache
-def _every(debug: bool) -> tuple[Kernel, ...]:
+def every_kernel(debug: bool = False) -> tuple[Kernel, ...]:
+    """All that there are, those for set_block_size_multiple_of as well."""
     multiplying = (*tiles(), *tiles(True), *strips(), *spare_tiles())
     small = (Kernel(_LAYOUT), Kernel(DESCRIBE), *([Kernel(REPORT)] if debug else []))
     return (*(Kernel(tile.name, tile, debug) for tile in multiplying), *small)
@@ -180,7 +183,7 @@ def _every(debug: bool) -> tuple[Kernel, ...]:
 def _listed(found: set[Tile | Strip], debug: bool) -> tuple[Kernel, ...]:
     """In one order, with the small kernels: groups along K, which have column scales, are described by one."""
     needed = {_LAYOUT, REPORT, *([DESCRIBE] if any(tile.column_scales for tile in found) else [])}
-    return tuple(x for x in _every(debug) if (x.tile in found if x.tile else x.base in needed))
+    return tuple(x for x in every_kernel(debug) if (x.tile in found if x.tile else x.base in needed))
 
 
 def _checked(kinds: Iterable[str]) -> tuple[str, ...]:
@@ -191,18 +194,35 @@ def _checked(kinds: Iterable[str]) -> tuple[str, ...]:
     return kinds
 
 
-def _check_range(name: str, ms: tuple[int, int] | None) -> None:
-    if ms is not None and not (len(ms) == 2 and all(map(is_whole, ms)) and 1 <= ms[0] <= ms[1]):
+def _devices(gpus: Iterable[Device | str]) -> list[Device]:
+    models = {**MODELS, **{model.name: model for model in MODELS.values()}}
+    found = [] if isinstance(gpus, str) else [models.get(gpu) if isinstance(gpu, str) else gpu for gpu in gpus]
+    if not found or not all(isinstance(device, Device) for device in found):
+        raise InvalidInputError(f"gpus is {gpus!r}, expected a list of Devices, or of {', '.join(MODELS)}")
+    return [device for device in found if device]
+
+
+def _pair(x: object) -> tuple[int, int]:
+    if not (isinstance(x, (tuple, list)) and len(x) == 2 and all(map(is_whole, x))):
+        raise InvalidInputError(f"got {x!r} among the layers, expected pairs (N, K), or Layers")
+    return x[0], x[1]
+
+
+def _check_range(name: str, ms: object) -> None:
+    fits = isinstance(ms, (tuple, list)) and len(ms) == 2 and all(map(is_whole, ms)) and 1 <= ms[0] <= ms[1] < 2**31
+    if ms is not None and not fits:
         raise InvalidInputError(f"{name} is {ms!r}, expected the least and the most number of rows, 1 or more")
 
 
 def _check(layer: Layer) -> None:
-    check_shape(1, layer.n, layer.k)
     _checked([layer.kind])
     _check_range("ms", layer.ms)
     for name, size in (("groups", layer.groups), ("max_m", layer.max_m)):
         if size is not None and not (is_whole(size) and size > 0):
             raise InvalidInputError(f"{name} is {size!r}, expected a number of 1 or more, or None for any")
+    if not (is_whole(layer.n) and is_whole(layer.k) and layer.n > 0):
+        raise InvalidInputError(f"N, K are {layer.n!r}, {layer.k!r}, expected whole numbers of 1 or more")
+    check_shape(max(layer.ms[1], layer.max_m or 1), layer.n, layer.k, layer.groups or 1)
 
 
 def _config(config: Config, device: Device) -> Config:
@@ -241,26 +261,29 @@ def _of_layer(layer: Layer, alignment: int, device: Device, config: Config) -> s
         like = Problem(layer.max_m, layer.n, layer.k, Kind.MASKED, layer.groups, expected_m=1)
     else:  # there are too many to go through
         return _legal(layer, alignment, device, config)
+    # Of contiguous groups all rows that fill up to the same multiple of the alignment are planned alike.
+    step = like.alignment
+    first, last = (-(-x // step) * step for x in layer.ms)
+    if like.expected_m is not None:
+        first, last = min(first, like.m), min(last, like.m)
+    if (last - first) // step >= MOST_COUNTS:
+        return _legal(layer, alignment, device, config)
+    return _chosen(_split(like, np.arange(first, last + 1, step)), device, config)
+
+
+def _split(like: Problem, counts: Any) -> Iterator[Problems]:
+    """Problems with ascending numbers of rows, many at a time: few rows apart from more."""
+    for some in (counts[counts <= MOST_ROWS], counts[counts > MOST_ROWS]):
+        for start in range(0, len(some), _BLOCK):
+            yield Problems(like, some[start : start + _BLOCK])
+
+
+def _chosen(many: Iterable[Problems], device: Device, config: Config) -> set[Tile | Strip]:
+    """All that is chosen for them, whether launches overlap or not, and K may be split or not."""
     found: set[Tile | Strip] = set()
-    for problems in _together(like, layer.ms):
-        few = like.kind == Kind.DENSE and bool((problems.m <= MOST_ROWS).all())
+    for problems in many:
+        few = problems.like.kind == Kind.DENSE and bool((problems.m <= MOST_ROWS).all())
         for invariant in (False, True) if few else (False,):  # more rows never split K
             for chosen in choices(problems, device, replace(config, batch_invariant=invariant)):
                 found.update(chosen)
     return found
-
-
-def _together(like: Problem, ms: tuple[int, int]) -> Iterator[Problems]:
-    """Problems with all numbers of rows of a range, many at a time: few rows apart from more.
-
-    Of contiguous groups all that fill up to the same multiple of the alignment are planned alike.
-    """
-    step = like.alignment
-    first, last = (-(-x // step) * step for x in ms)
-    if like.expected_m is not None:
-        first, last = min(first, like.m), min(last, like.m)
-    for start in range(first, last + 1, _BLOCK * step):
-        counts = np.arange(start, min(start + _BLOCK * step, last + 1), step)
-        for some in (counts <= MOST_ROWS, counts > MOST_ROWS):
-            if some.any():
-                yield Problems(like, counts[some])

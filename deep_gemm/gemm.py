@@ -312,13 +312,16 @@ def plan_of(problem: Problem, device_index: int = 0) -> Plan:
 
 def _kernel_of(problem: Problem, device_index: int) -> Tile | Strip:
     """The kernel of plan_of. What differs in its rows is planned together, for those who ask for all M in turn."""
-    hint = problem.expected_m
-    count, m, step = (problem.m, None, problem.alignment) if hint is None else (hint, problem.m, 1)
+    count, m = (problem.m, None) if problem.expected_m is None else (problem.expected_m, problem.m)
     if count < 1:
         return plan_of(problem, device_index).tile
-    block, i = divmod((count - 1) // step, MOST_ROWS)  # as many rows as a step are planned alike
+    step = problem.alignment if problem.kind == Kind.CONTIGUOUS else 1  # rows that are planned alike
+    block, i = divmod((count - 1) // step, MOST_ROWS)
     others = problem.n, problem.k, problem.kind, problem.groups, problem.alignment, problem.column_scales
-    return _kernels_of(m, *others, step, block, device_index, config.current())[i]
+    try:
+        return _kernels_of(m, *others, step, block, device_index, config.current())[i]
+    except InvalidInputError:  # which is of the block
+        return plan_of(problem, device_index).tile
 
 
 @lru_cache(maxsize=1024)

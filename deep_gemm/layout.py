@@ -147,12 +147,17 @@ def set_mk_alignment_for_contiguous_layout(alignment: int) -> None:
     Raises: InvalidInputError unless it is a multiple of 64 from 64 to 65536.
     """
     global _mk_alignment
+    _mk_alignment = alignment_of_groups(alignment)
+
+
+def alignment_of_groups(alignment: int) -> int:
+    """What groups may be padded to, checked. Raises: InvalidInputError."""
     if not (is_whole(alignment) and alignment % _MIN_ALIGNMENT == 0 and 0 < alignment <= _MAX_ALIGNMENT):
         raise InvalidInputError(
             f"alignment is {alignment!r}, expected a multiple of {_MIN_ALIGNMENT} from {_MIN_ALIGNMENT} to "
             f"{_MAX_ALIGNMENT}: pass what get_theoretical_mk_alignment_for_contiguous_layout() gives"
         )
-    _mk_alignment = int(alignment)
+    return int(alignment)
 
 
 def get_mk_alignment_for_contiguous_layout() -> int:

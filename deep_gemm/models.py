@@ -72,7 +72,7 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         what = "a model's config.json or the folder it is in"
         raise InvalidInputError(f"{file} cannot be read, expected {what}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{file} is not JSON, expected a model's config.json: {error}") from None
     if not isinstance(config, dict):
         raise InvalidInputError(
@@ -87,8 +87,9 @@ def layers_of(
 ) -> tuple[Layer, ...]:
     """All multiplications with FP8 weights that a rank makes, each once, under the first of its names.
 
-    Experts come in both layouts. The most rows of the contiguous one are those of the worst case, which a router seldom
-    comes near: every token of every replica goes to as many experts of this rank as it can, and every group is padded.
+    Experts come in both layouts, but not by running ends (psum). The most rows of the contiguous one are those of the
+    worst case, which a router seldom comes near: every token of every replica goes to as many experts of this rank as
+    it can, and every group is padded.
 
     tokens: the most of one forward pass on a rank, of prefill. decode_tokens: the most of decode. Every rank that
     experts are spread over may send as many to each of them, which is the room of the masked layout.
@@ -176,7 +177,8 @@ def _mlps(config: Mapping[str, Any], tp: int) -> Iterator[Weight]:
 def _some_are_dense(config: Mapping[str, Any]) -> bool:
     """Whether a model with experts has layers without."""
     steps = (_count(config, "decoder_sparse_step"), _count(config, "moe_layer_freq"))
-    listed = bool(config.get("mlp_only_layers")) or "dense" in (config.get("mlp_layer_types") or ())
+    types = config.get("mlp_layer_types")
+    listed = bool(config.get("mlp_only_layers")) or (isinstance(types, list) and "dense" in types)
     return listed or _count(config, "first_k_dense_replace") > 0 or max(steps) > 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -9,9 +10,9 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .config import Config
+from .config import Config, block_size, percent
 from .errors import InvalidInputError
-from .problem import Kind, Problem
+from .problem import Kind, Problem, check_shape
 from .runtime import device
 from .runtime.device import Device
 
@@ -49,9 +50,12 @@ def append(file: Path, problem: Problem, gpu: Device, config: Config) -> None:
             _written.clear()
         _written.add((file, line))
     try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # for no FIFO stops a call
+        descriptor = os.open(file, flags, 0o600)
         try:
-            os.write(descriptor, f"{line}\n".encode())  # at once, so that lines of processes do not mix
+            text = f"{line}\n".encode()
+            if os.write(descriptor, text) < len(text):  # at once, so that lines of processes do not mix
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -61,7 +65,7 @@ def append(file: Path, problem: Problem, gpu: Device, config: Config) -> None:
 
 
 def read(file: Path) -> list[Record]:
-    """Every record of a file, each once. What a killed process left of its last line is passed over.
+    """Every record of a file, each once. Lines that are no JSON, as killed processes leave them, are passed over.
 
     Raises: InvalidInputError for a file that cannot be read, or a line that is no record, by its number.
     """
@@ -70,15 +74,22 @@ def read(file: Path) -> list[Record]:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(f"{file} cannot be read as a log of shapes: {error}") from error
     found: dict[Record, None] = {}
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        if line.endswith("\n") and line.strip():
-            found[_parse(file, number, line)] = None
+    torn = 0
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            about = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            torn += 1
+            continue
+        if line.strip():
+            found[_record(file, number, line, about)] = None
+    if torn:
+        _logger.warning(f"deep_gemm: {torn} lines of {file} are no JSON, and passed over")
     return list(found)
 
 
-def _parse(file: Path, number: int, line: str) -> Record:
+def _record(file: Path, number: int, line: str, about: Any) -> Record:
     try:
-        about = json.loads(line)
         block_m, block_n = about["block"]
         problem = Problem(
             *(_whole(about[name]) for name in ("m", "n", "k")),
@@ -88,13 +99,13 @@ def _parse(file: Path, number: int, line: str) -> Record:
             alignment=_whole(about["alignment"]),
             column_scales=about["column_scales"] is True,
         )
+        check_shape(max(problem.m, problem.expected_m or 0), problem.n, problem.k, problem.groups)
+        if problem.column_scales != (problem.kind in (Kind.K_GROUPED, Kind.K_ENDS)) and problem.kind != Kind.DENSE:
+            raise ValueError(f"column_scales of {problem.kind.name.lower()}")
         gpu = device.named(str(about["gpu"]), _whole(about["sms"]))
-        config = Config(
-            num_sms=None if about["num_sms"] is None else _whole(about["num_sms"]),
-            tc_util=_whole(about["tc_util"]),
-            block_m=_whole(block_m),
-            block_n=_whole(block_n),
-        )
+        block_m, block_n = block_size((block_m, block_n))
+        num_sms = None if about["num_sms"] is None else min(_whole(about["num_sms"]), gpu.num_sms)
+        config = Config(num_sms=num_sms, tc_util=percent(about["tc_util"]), block_m=block_m, block_n=block_n)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInputError(
             f"line {number} of {file} is {line.strip()[:100]!r}, expected a problem as DG_RECORD_SHAPES writes it "

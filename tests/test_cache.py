@@ -209,7 +209,7 @@ def test_a_damaged_entry_is_a_miss_and_is_replaced(
     assert store.load("gemm", KEY) == FILES
     assert os.listdir(store.root) == [store.entry("gemm", KEY).name]
     (warning,) = warnings_of(caplog)
-    assert warning.startswith(f"deep_gemm: cache entry {store.entry('gemm', KEY)} is damaged and will be replaced: ")
+    assert warning.startswith(f"deep_gemm: cache entry {store.entry('gemm', KEY)} is damaged and not used: ")
 
 
 def flipped(part: float) -> Callable[[bytes, bytes], bytes]:
@@ -246,7 +246,7 @@ def test_damage_to_any_file_is_found(
     assert store.load("gemm", KEY) is None
     assert store.load("gemm", KEY) is None
     (warning,) = warnings_of(caplog)
-    assert warning.startswith(f"deep_gemm: cache entry {path.parent} is damaged and will be replaced: ")
+    assert warning.startswith(f"deep_gemm: cache entry {path.parent} is damaged and not used: ")
     store.store("gemm", KEY, FILES, ABOUT)
     assert store.load("gemm", KEY) == FILES
     assert path.read_bytes() == content
@@ -929,7 +929,7 @@ def test_entries(store: Cache):
     os.utime(path / "manifest.json", (5, 7))
     other, found = store.entries()
     size = sum(file.stat().st_size for file in path.iterdir())
-    assert found == cache.Entry(path, "gemm", KEY, ABOUT, size, 7.0, None)
+    assert found == cache.Entry(path, "gemm", KEY, ABOUT, size, 7.0, None, False)
     assert (other.path, other.name, other.key) == (store.entry("a.b", OTHER_KEY), "a.b", OTHER_KEY)
     assert (other.about, other.fault) == ({}, None)
 
@@ -939,16 +939,29 @@ def test_entries_that_are_not_sound(store: Cache, caplog: pytest.LogCaptureFixtu
     flip(store.entry("gemm", KEY))
     lost = store.entry("lost", KEY)
     lost.mkdir()
-    (lost / "dead").symlink_to("nowhere")
+    (lost / "kernel.cu").symlink_to("nowhere")
+    foreign = store.entry("foreign", KEY)  # by its name it might be one
+    foreign.mkdir()
+    (foreign / "notes").write_text("")
     renamed = store.entry("renamed", OTHER_KEY)
     shutil.copytree(store.entry("gemm", KEY), renamed)
     first, second, third = store.entries()
     assert first.fault == "kernel.cubin has changed since it was written"
     assert (first.key, first.about) == (KEY[:32], {})
     assert second.path == lost and second.fault and "No such file or directory: 'manifest.json'" in second.fault
-    assert (second.used, second.bytes) == (0, len("nowhere"))
+    assert (second.made, second.bytes) == (0, len("nowhere"))
     assert third.fault == "it belongs to another key"
+    assert first.damaged and second.damaged and third.damaged
     assert not warnings_of(caplog)
+
+
+def test_entries_that_are_refused_are_not_damaged(store: Cache):
+    store.store("gemm", KEY, FILES, ABOUT)
+    store.entry("gemm", KEY).chmod(0o775)
+    (found,) = store.entries()
+    assert found.fault and "DG_JIT_ALLOW_SHARED_CACHE=1" in found.fault and not found.damaged
+    (found,) = Cache(store.root, trusted=True).entries()
+    assert (found.fault, found.damaged, found.about) == (None, False, ABOUT)
 
 
 def test_an_entry_that_goes_while_they_are_listed(store: Cache, monkeypatch: pytest.MonkeyPatch):

@@ -339,6 +339,16 @@ def test_demo_of_weights_that_are_not_finite(tmp_path: Path):
     )
 
 
+def test_doctor_reports_a_cache_that_others_can_write_to(tmp_path: Path):
+    tmp_path.chmod(0o777)
+    assert "missing  cache          " in (said := run("doctor", DG_JIT_CACHE_DIR=str(tmp_path)).stdout)
+    assert f"-> chmod go-w {tmp_path}, or set DG_JIT_CACHE_DIR to a folder of yours" in said
+    assert (
+        "ok       cache          "
+        in run("doctor", DG_JIT_CACHE_DIR=str(tmp_path), DG_JIT_ALLOW_SHARED_CACHE="1").stdout
+    )
+
+
 def test_doctor_reports_a_cache_that_cannot_be_read(tmp_path: Path):
     entry = tmp_path / "kernel.0"
     entry.mkdir()

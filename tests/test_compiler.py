@@ -575,6 +575,9 @@ def test_a_folder_is_looked_in_first_whatever_compiler_there_is(
     assert cubin_for(PROBE) == image.read_bytes()
     assert capfd.readouterr().err.startswith(f"deep_gemm: hit: {folder}/probe.")
     assert sorted(folder.rglob("*")) == files and not fresh.exists()
+    with pytest.raises(MissingKernelError, match=r"^the kernel probe is not in .*\. no NVRTC$"):
+        cubin_for(numbered(1))
+    monkeypatch.setenv("DG_JIT_STRICT", "0")
     with pytest.raises(MissingDependencyError, match="no NVRTC"):
         cubin_for(numbered(1))
 
@@ -629,6 +632,31 @@ def test_a_folder_of_a_compiler_that_is_newer_than_the_driver(
         places.insert(0, (Cache(folder), job.key_of("NVRTC 13.4")))
     assert list(job.places()) == places
     compiler._driver_loads.cache_clear()
+
+
+@pytest.mark.parametrize("odd", ["nowhere", "x" * 300, "file"])
+def test_a_folder_that_is_none_is_told_of_once(
+    odd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DG_JIT_READ_ONLY_CACHE_DIRS", str(tmp_path / odd))
+    for number in (1, 2):
+        cubin_for(numbered(number))
+    (warning,) = warnings_of(caplog)
+    assert warning == f"deep_gemm: {tmp_path / odd} of DG_JIT_READ_ONLY_CACHE_DIRS is no folder"
+
+
+def test_a_folder_whose_compiler_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Is taken for one of this compiler's, and nothing waits for a FIFO."""
+    monkeypatch.setenv("DG_JIT_READ_ONLY_CACHE_DIRS", str(folder))
+    compiled = counted(monkeypatch)
+    name = folder / compiler.COMPILER_FILE
+    for make in (name.mkdir, lambda: os.mkfifo(name), lambda: name.write_bytes(b"\xff\xfe")):
+        name.rmdir() if name.is_dir() else name.unlink()
+        make()
+        compiler._memory.clear()
+        cubin_for(PROBE)
+    assert compiled == []
 
 
 def test_kernels_that_the_package_brings(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -345,8 +345,10 @@ def test_compile_mode_asks_for_the_kernel_of_the_plan(pdl: bool):
         Problem(m, 4096, 7168, Kind.CONTIGUOUS, 8, alignment=a) for m in (1, 128, 129, 20000) for a in (64, 128)
     ]
     problems += [Problem(4096, 7168, 2048, Kind.MASKED, 32, hint) for hint in (0, 1, 20, 128, 129, 192, 4096, 9999)]
-    problems += [Problem(4096, 7168, 2048, Kind.ENDS, 32, hint, 128) for hint in (None, 1, 20, 200)]
-    problems += [Problem(m, 768, 4096, Kind.K_GROUPED, 8, column_scales=True) for m in (16, 2048)]
+    problems += [Problem(4096, 7168, 2048, Kind.ENDS, 32, hint, 128) for hint in (None, 0, 1, 20, 200)]
+    problems += [Problem(m, 7168, 2048, Kind.ENDS, 8, None, 128) for m in range(1, 900, 37)]
+    for kind in (Kind.K_GROUPED, Kind.K_ENDS):
+        problems += [Problem(m, 2048, 32768, kind, 8, None, 128, column_scales=True) for m in range(16, 900, 44)]
     for problem in problems:
         assert gemm._kernel_of(problem, 0) == planned(problem).tile, problem
 

@@ -190,6 +190,22 @@ def test_parts_of_the_closed_set(arguments: dict[str, Any], missing: set[Tile | 
     assert tiles_of(kernels_for()) - tiles_of(kernels_for(**arguments)) == missing
 
 
+def test_gpus_go_by_their_names():
+    layer = [Layer("dense", 4096, 7168, ms=(1, 400))]
+    for name, model in MODELS.items():
+        assert (
+            kernels_for(layer, gpus=[name]) == kernels_for(layer, gpus=[model.name]) == kernels_for(layer, gpus=[model])
+        )
+    assert kernels_for(layer, gpus=["h20"]) != kernels_for(layer, gpus=["h100"]) != kernels_for(layer, gpus=["h200"])
+
+
+def test_ranges_that_are_too_long_to_go_through():
+    """Get all that is legal."""
+    large = Layer("masked", 4096, 7168, 8, (1, 2**30), 2**30)
+    assert tiles_of(kernels_for([large])) == {*tiles()}
+    assert len(kernels_for([Layer("dense", 4096, 7168, ms=(1, 2**31 - 1))])) == len(kernels_for(kinds=["dense"]))
+
+
 def test_all_sms_are_as_good_as_none_named():
     assert kernels_for(num_sms=132) == kernels_for()
     assert kernels_for([(4096, 7168)], num_sms=78, gpus=[MODELS["h20"]]) == kernels_for(
@@ -215,6 +231,8 @@ def test_many_problems_are_planned_as_each_alone(seed: int):
 def test_kernels_of_records():
     problem = Problem(100, 2112, 7168)
     found = kernels_of_records([Record(problem, H200, Config())])
+    many = [Record(replace(problem, m=m), H200, Config()) for m in range(1, 400)]
+    assert kernels_of_records(many) == kernels_for([Layer("dense", 2112, 7168, ms=(1, 399))], gpus=["h200"])
     want = {
         choose(problem, H200, Config(pdl=pdl, batch_invariant=invariant)).tile
         for pdl in (False, True)
@@ -267,6 +285,20 @@ def test_kernels_go_by_their_names():
             {"num_sms": 133},
             "num_sms is 133, expected 1 to 132, the SMs of NVIDIA H100, or None for all",
         ),
+        ({"layers": [Layer("dense", 8, 16, ms=(1, 2**31))]}, "ms is (1, 2147483648), expected the least and the most"),
+        ({"layers": [Layer("masked", 8, 16, 1, max_m=2**31)]}, "M, N, K are 2147483648, 8, 16, expected less than"),
+        ({"layers": [Layer("dense", 0, 16)]}, "N, K are 0, 16, expected whole numbers of 1 or more"),
+        ({"layers": [(4096, 7168, 1)]}, "got (4096, 7168, 1) among the layers, expected pairs (N, K), or Layers"),
+        ({"layers": (4096, 7168)}, "got 4096 among the layers, expected pairs (N, K), or Layers"),
+        ({"layers": [("4096", 7168)]}, "got ('4096', 7168) among the layers, expected pairs (N, K), or Layers"),
+        ({"ms": 5}, "ms is 5, expected the least and the most number of rows"),
+        ({"tc_util": 0}, "tc_util is 0, expected a whole number of percent, 1 to 100"),
+        ({"alignment": 63}, "alignment is 63, expected a multiple of 64 from 64 to 65536"),
+        ({"block_size_multiple_of": 0}, "the block size is to be a multiple of 0, expected divisors of 64, 128 or 192"),
+        ({"block_size_multiple_of": 7}, "the block size is to be a multiple of 7, expected divisors of 64, 128 or 192"),
+        ({"gpus": ["NVIDIA A100"]}, "gpus is ['NVIDIA A100'], expected a list of Devices, or of h200, h100, "),
+        ({"gpus": "h100"}, "gpus is 'h100', expected a list of Devices"),
+        ({"gpus": []}, "gpus is [], expected a list of Devices"),
         ({"num_sms": 100, "gpus": [MODELS["h20"]]}, "num_sms is 100, expected 1 to 78, the SMs of NVIDIA H20"),
     ],
     ids=str,

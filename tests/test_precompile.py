@@ -118,7 +118,9 @@ def test_a_folder_of_another_compiler(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_where_nothing_can_be_kept(fresh: Path, capsys: pytest.CaptureFixture[str]):
     fresh.write_text("in the way")
     assert run("compile", *KERNELS) == 1
-    assert capsys.readouterr().err == f"deep-gemm: 2 kernels cannot be kept in {fresh}: see the warning before this\n"
+    assert capsys.readouterr().err == (
+        f"deep-gemm: 2 kernels cannot be kept in {fresh}: take a folder of yours, with room in it\n"
+    )
 
 
 def test_which_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -134,6 +136,9 @@ def test_which_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert listed() == named()
     assert listed("--sms", 100) == named(num_sms=100) != named()
     assert listed("--alignment", 64) == named(alignment=64)
+    assert listed("--kind", "masked", "--kind", "psum") == named(kinds=["masked", "psum"])
+    assert listed("--tc-util", 50) == named(tc_util=50)
+    assert listed("--block-size-multiple-of", 64, 176) == named(block_size_multiple_of=(64, 176))
     shape = listed("--shape", "2112x7168", "--tokens", 300)
     assert shape == named([(2112, 7168)], kinds=["dense"], ms=(1, 300)) != named()
     assert listed("--shape", "2112x7168", "--tokens", 300, "--gpu", "h200") == named(
@@ -175,6 +180,11 @@ def test_debug_kernels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     [
         (["--shape", "2112"], "the shape is '2112', expected sizes such as 2112x7168, or one of dense:NxK, "),
         (["--shape", "0x7168"], "the shape is '0x7168', expected sizes"),
+        (["--shape", f"{'9' * 5000}x7168"], "the shape is '999"),
+        (["--shape", "masked:9999999999x4096x4096x7168"], "M, N, K are 4096, 4096, 7168, expected less than 2^31 each"),
+        (["--shapes", os.devnull], "--shapes is /dev/null, expected a shape a line: none is in it"),
+        (["--alignment", "63"], "alignment is 63, expected a multiple of 64"),
+        (["--output", os.devnull, "--kernel", "layout"], "--output is /dev/null, expected a folder: take another name"),
         (["--shape", "8x2112x7168"], "the shape is '8x2112x7168', expected sizes"),
         (["--shape", "sparse:2112x7168"], "the shape is 'sparse:2112x7168', expected sizes"),
         (["--shape", "masked:2112x7168"], "the shape is 'masked:2112x7168', expected sizes"),
@@ -198,14 +208,14 @@ def test_what_cannot_be_meant(arguments: list[str], complaint: str, capsys: pyte
 
 def test_the_cache_is_listed_measured_and_verified(fresh: Path, capsys: pytest.CaptureFixture[str]):
     assert run("cache") == 0
-    assert capsys.readouterr().out == f"{fresh}: 0 kernels, 0.0 MB, 0 damaged\n"
+    assert capsys.readouterr().out == f"{fresh}: 0 kernels, 0.0 MB, 0 not used\n"
     assert run("compile", *KERNELS) == 0
     capsys.readouterr()
     assert run("cache", "list") == 0
     decode, layout, total = capsys.readouterr().out.splitlines()
     assert decode.startswith("decode.") and decode.endswith(f"8x64 swapped, {default_compiler()}")
     assert layout.startswith("layout.") and " 0.0 days  layout, " in layout
-    assert re.fullmatch(rf"{fresh}: 2 kernels, 0\.\d MB, 0 damaged", total)
+    assert re.fullmatch(rf"{fresh}: 2 kernels, 0\.\d MB, 0 not used", total)
     assert run("cache", "size") == 0 and capsys.readouterr().out == f"{total}\n"
     assert run("cache", "verify") == 0 and capsys.readouterr().out == f"{total}\n"
     (broken,) = fresh.glob("layout.*")
@@ -213,7 +223,7 @@ def test_the_cache_is_listed_measured_and_verified(fresh: Path, capsys: pytest.C
     assert run("cache", "verify") == 1
     fault, total = capsys.readouterr().out.splitlines()
     assert fault.startswith(broken.name) and "kernel.cubin has changed since it was written" in fault
-    assert total.endswith("2 kernels, 0.1 MB, 1 damaged")
+    assert total.endswith("2 kernels, 0.1 MB, 1 not used")
     assert run("cache", "verify", "--folder", fresh.parent / "nowhere") == 0
 
 
@@ -223,11 +233,16 @@ def test_pruning(fresh: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert run("compile", *KERNELS) == 0
     (fresh / "notes").mkdir()
     (fresh / "notes" / "mine").write_text("")
+    (foreign := fresh / f"build.{'d4' * 16}").mkdir()  # by its name it might be one
+    (foreign / "mine").write_text("")
     (old,) = fresh.glob("layout.*")
     os.utime(old / "manifest.json", (0, time.time() - 3 * 86400))
 
     def left() -> list[str]:
-        return sorted(path.name.partition(".")[0] for path in fresh.iterdir() if path.name[0] != ".")
+        assert (foreign / "mine").exists()
+        return sorted(
+            path.name.partition(".")[0] for path in fresh.iterdir() if path.name[0] != "." and path != foreign
+        )
 
     assert run("cache", "prune") == 0 and left() == ["decode", "layout", "notes", "probe"]
     assert capsys.readouterr().out.splitlines()[-1] == f"{fresh}: removed 0 of 3 kernels and 0 leftovers, 0.0 MB"
@@ -238,8 +253,34 @@ def test_pruning(fresh: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert run("cache", "prune", "--older-than", 2) == 0 and left() == ["notes"]
     assert run("compile", *KERNELS) == 0
     assert run("cache", "prune", "--all") == 0 and left() == ["notes"] and (fresh / "notes" / "mine").exists()
+    assert run("compile", "--kernel", "64x16") == 0  # which only set_block_size_multiple_of asks for
+    assert run("cache", "prune", "--stale") == 0 and left() == ["fp8_gemm", "notes"]
     assert run("cache", "list", "--all") == 1
     assert "say what to prune: deep-gemm cache prune" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_folder_that_others_can_write_to_is_not_pruned(
+    allowed: bool, fresh: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """What is refused is not damaged; and where it is allowed it is as good as any."""
+    assert run("compile", *KERNELS) == 0
+    fresh.chmod(0o775)
+    monkeypatch.setenv("DG_JIT_ALLOW_SHARED_CACHE", str(int(allowed)))
+    for action in ("verify", "prune", "list"):
+        assert run("cache", action) == int(not allowed)
+        assert ("DG_JIT_ALLOW_SHARED_CACHE=1 to trust it" in capsys.readouterr().err) is not allowed
+    assert run("compile", "--check", *KERNELS) == int(not allowed)
+    fresh.chmod(0o700)
+    monkeypatch.setenv("DG_JIT_ALLOW_SHARED_CACHE", "0")
+    assert run("compile", "--check", *KERNELS) == 0
+
+
+def test_files_of_others_stay_where_kernels_are_put(tmp_path: Path):
+    for name in (".mine.lock", ".Xauthority.lock"):
+        (tmp_path / name).write_text("")
+    assert run("compile", *KERNELS[:2], "--output", tmp_path) == 0
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [".Xauthority.lock", ".mine.lock"]
 
 
 # A whole set, and a wheel
@@ -285,7 +326,7 @@ def test_a_wheel_brings_every_kernel(tmp_path: Path, kernel_cache: Path):
     assert f"ok       ready-made     43 kernels of {default_compiler()}" in doctor.stdout
     with (site / "deep_gemm" / "kernels" / "ptx" / "base.cuh").open("a") as file:
         file.write("// changed\n")
-    done = shell(sys.executable, "-c", EVERY.replace('sys.modules["cuda.bindings.nvrtc"] = None', ""), **environment)
+    done = shell(sys.executable, "-c", EVERY, cwd=tmp_path, **environment)
     assert done.returncode == 1 and "MissingKernelError: the kernel 64x32 is not in " in done.stderr
 
 

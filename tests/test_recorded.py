@@ -119,6 +119,8 @@ def test_a_file_that_cannot_be_written_is_complained_of_once(tmp_path: Path, cap
     [
         {"kind": "sparse"}, {"kind": 0}, {"m": 0}, {"m": 1.0}, {"m": True}, {"n": "8"}, {"k": None}, {"groups": 0},
         {"expected_m": -1}, {"alignment": 0}, {"sms": 0}, {"num_sms": 0}, {"tc_util": 0}, {"block": [1]}, {"block": 1},
+        {"m": 10**30}, {"n": 7}, {"k": 20}, {"block": [7, 1]}, {"tc_util": 101},
+        {"kind": "masked", "column_scales": True},
     ],
     ids=str,
 )  # fmt: skip
@@ -131,7 +133,7 @@ def test_a_line_that_is_no_record(change: dict[str, object], tmp_path: Path):
     assert str(caught.value).endswith("): remove the line")
 
 
-@pytest.mark.parametrize("line", ["", "[]", "7", "null", '{"kind": "dense"}', "not JSON"])
+@pytest.mark.parametrize("line", ["", "[]", "7", "null", '{"kind": "dense"}'])
 def test_other_lines_that_are_none(line: str, tmp_path: Path):
     path = tmp_path / "log"
     path.write_text(f"{line}\n")
@@ -142,11 +144,29 @@ def test_other_lines_that_are_none(line: str, tmp_path: Path):
         recorded.read(path)
 
 
-def test_a_last_line_that_was_not_finished_is_passed_over(tmp_path: Path):
+def test_lines_that_were_not_finished_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """The last one, and those that another process went on behind."""
     recorded.append(tmp_path / "log", DENSE, H200, PLAIN)
-    with (tmp_path / "log").open("a") as file:
-        file.write(json.dumps(LINE | {"m": 7})[:40])
+    for more in (json.dumps(LINE | {"m": 7})[:40], json.dumps(LINE) + "\n", "[" * 100_000 + "\n", "{"):
+        with (tmp_path / "log").open("a") as file:
+            file.write(more)
+    recorded.append(tmp_path / "log", replace(DENSE, m=8), H200, PLAIN)
     assert [record.problem for record in recorded.read(tmp_path / "log")] == [DENSE]
+    (record,) = caplog.records
+    assert record.getMessage() == f"deep_gemm: 3 lines of {tmp_path / 'log'} are no JSON, and passed over"
+
+
+@pytest.mark.parametrize("place", ["fifo", "/dev/full", "folder"])
+def test_what_is_no_file_stops_no_call(place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = tmp_path / place
+    if place == "fifo":
+        os.mkfifo(path)
+    elif place == "folder":
+        path.mkdir()
+    for m in (1, 2):
+        recorded.append(path, replace(DENSE, m=m), H200, PLAIN)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("deep_gemm: shapes cannot be recorded (")
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path):

@@ -55,7 +55,8 @@ _logger = logging.getLogger("deep_gemm")
 _said: set[Path] = set()
 
 
-def _say_once(about: Path, message: str) -> None:
+def say_once(about: Path, message: str) -> None:
+    """Warns, through logging, if nothing has been said about that yet."""
     if about not in _said:
         _said.add(about)
         _logger.warning(message)
@@ -69,8 +70,9 @@ class _Untrusted(Exception):
 class Entry:
     """What is known of an entry without its files.
 
-    key: of a faulty entry only the first 32 digits. about: as stored. bytes: of all its files. used: the manifest's
-    mtime, in seconds since 1970; 0 where there is no manifest. fault: what is wrong with it, if anything is.
+    key: of a faulty entry only the first 32 digits. about: as stored. bytes: of all its files. made: the manifest's
+    mtime, in seconds since 1970; 0 where there is no manifest. fault: why it is not used, if it is not. damaged:
+    whether it is of no use to anyone.
     """
 
     path: Path
@@ -78,8 +80,9 @@ class Entry:
     key: str
     about: dict[str, str]
     bytes: int
-    used: float
+    made: float
     fault: str | None
+    damaged: bool
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,12 @@ class Cache:
             content = self._read(entry, key)
             return content.files if content else None
         except _Untrusted as reason:
-            _say_once(self.root, f"deep_gemm: {reason}")
+            say_once(self.root, f"deep_gemm: {reason}")
         except PermissionError as error:
             remedy = "set DG_JIT_CACHE_DIR to a folder of yours"
-            _say_once(self.root, f"deep_gemm: cache entry {entry} cannot be read ({error.strerror}): {remedy}")
+            say_once(self.root, f"deep_gemm: cache entry {entry} cannot be read ({error.strerror}): {remedy}")
         except _UNSOUND as error:
-            _say_once(entry, f"deep_gemm: cache entry {entry} is damaged and will be replaced: {error!r}")
+            say_once(entry, f"deep_gemm: cache entry {entry} is damaged and not used: {error!r}")
         return None
 
     def store(self, name: str, key: str, files: Mapping[str, bytes], about: Mapping[str, str] = {}) -> None:
@@ -175,21 +178,30 @@ class Cache:
         for path in self._all(_ENTRY):
             name, _, key = path.name.rpartition(".")
             about: dict[str, str] = {}
-            fault = None
+            fault, damaged = None, False
+            if not _is_ours(path):
+                continue
             try:
                 content = self._read(path, key)
                 if not content:
                     continue  # it has just been removed
                 key, about = content.key, content.about
-            except (_Untrusted, *_UNSOUND) as error:
+            except (_Untrusted, PermissionError) as error:
                 fault = str(error)
+            except _UNSOUND as error:
+                fault, damaged = str(error) or repr(error), True
             manifest = _status(path / "manifest.json")
-            yield Entry(path, name, key, about, _bytes_of(path), manifest.st_mtime if manifest else 0.0, fault)
+            yield Entry(path, name, key, about, _bytes_of(path), manifest.st_mtime if manifest else 0.0, fault, damaged)
 
     def leftovers(self) -> Iterator[Path]:
         """Folders of killed publishers, and lock files that nobody holds, if older than LEFTOVER_SECONDS."""
         yield from filter(_is_old, self._all(_ASIDE))
         yield from (path for path in self._all(_LOCK) if _is_old(path) and _is_free(path))
+
+    def remove_locks(self) -> None:
+        """Deletes all lock files, for a folder that nobody else is writing to."""
+        for path in self._all(_LOCK):
+            path.unlink(missing_ok=True)
 
     def remove(self, path: Path) -> int:
         """Deletes an entry, of which readers see all or nothing, or a leftover. Returns the bytes freed.
@@ -261,7 +273,7 @@ class Cache:
     def _is_refused(self) -> bool:
         reason = self.refusal()
         if reason:
-            _say_once(self.root, f"deep_gemm: {reason}")
+            say_once(self.root, f"deep_gemm: {reason}")
         return reason is not None
 
     def _all(self, kind: re.Pattern[str]) -> list[Path]:
@@ -304,7 +316,7 @@ class Cache:
         try:
             yield
         except OSError as error:
-            _say_once(
+            say_once(
                 self.root,
                 f"deep_gemm: the kernel cache {self.root} cannot be written ({error}), so every process compiles anew: "
                 "set DG_JIT_CACHE_DIR to a folder of yours with room",
@@ -364,6 +376,12 @@ def _is_free(lock: Path) -> bool:
 
 def _is(path: Path, kind: re.Pattern[str]) -> bool:
     return bool(kind.fullmatch(path.name)) and path.is_dir() == (kind is not _LOCK)
+
+
+def _is_ours(entry: Path) -> bool:
+    """Whether a folder of such a name holds what an entry does, or nothing."""
+    files = set(os.listdir(entry)) if os.access(entry, os.R_OK | os.X_OK) else {"manifest.json"}
+    return not files or "manifest.json" in files or any(file.startswith("kernel.") for file in files)
 
 
 def _is_old(path: Path) -> bool:

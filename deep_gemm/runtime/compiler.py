@@ -33,7 +33,7 @@ from typing import Any
 from .. import settings
 from ..errors import CompileError, InvalidInputError, MissingDependencyError, MissingKernelError
 from . import sass, tools
-from .cache import Cache
+from .cache import Cache, say_once
 
 _ARCH = "90a"
 READY_MADE = Path(__file__).parents[1] / "ready"  # kernels that the package brings, if it was built with them
@@ -224,10 +224,13 @@ class _Job:
     def places(self) -> Iterator[tuple[Cache, str]]:
         """Where the kernel may be, and by which key."""
         for folder in self.folders:
+            if not os.path.isdir(folder.root):
+                if folder.root != READY_MADE:
+                    say_once(folder.root, f"deep_gemm: {folder.root} of DG_JIT_READ_ONLY_CACHE_DIRS is no folder")
+                continue
             compiler = None if self.nvcc else compiler_of(folder.root)  # who names nvcc wants nvcc's
-            if compiler is None and folder.root.is_dir():
-                compiler = self.compiler
-            if compiler and _driver_loads(compiler):
+            compiler = compiler or self.compiler
+            if _driver_loads(compiler):
                 yield folder, self.key_of(compiler)
         yield self.cache, self.key
 
@@ -236,10 +239,15 @@ class _Job:
         return files if files and self.wanted <= files.keys() else None
 
     def from_disk_or_compiler(self, strict: bool) -> dict[str, bytes]:
-        for cache, key in self.places():
-            if files := self.load(cache, key):
-                _say("DG_JIT_DEBUG", f"hit: {cache.entry(self.source.stem, key)}")
-                return files
+        try:
+            for cache, key in self.places():
+                if files := self.load(cache, key):
+                    _say("DG_JIT_DEBUG", f"hit: {cache.entry(self.source.stem, key)}")
+                    return files
+        except MissingDependencyError as error:
+            if not strict:
+                raise
+            raise self._missing(f". {error}") from error
         if strict:
             raise self._missing()
         _say("DG_JIT_DEBUG", f"miss: {self.cache.entry(self.source.stem, self.key)}")
@@ -262,15 +270,17 @@ class _Job:
             files["kernel.sass"] = sass.disassemble(cubin.image).encode()
         return files
 
-    def _missing(self) -> MissingKernelError:
+    def _missing(self, why: str = "") -> MissingKernelError:
         kernel = self.source.label
         command = f"python -m deep_gemm compile --kernel {shlex.quote(kernel)}"
-        places = ", ".join(str(cache.root) for cache, _ in self.places())
-        refused = [reason for cache, _ in self.places() if (reason := cache.refusal())]
+        caches = [cache for cache in (*self.folders, self.cache) if cache.root != READY_MADE or READY_MADE.is_dir()]
+        places = ", ".join(str(cache.root) for cache in caches)
+        refused = [reason for cache in caches if (reason := cache.refusal())]
         return MissingKernelError(
             f"the kernel {kernel} is not in {places}, and DG_JIT_STRICT=1 rules out compiling it now: run `{command}` "
             "with the same DG_ variables (without --kernel it compiles all), or unset DG_JIT_STRICT"
-            + "".join(f". {reason}" for reason in refused),
+            + "".join(f". {reason}" for reason in refused)
+            + why,
             kernel=kernel,
             command=command,
         )
@@ -332,8 +342,9 @@ def _digest(parts: object) -> str:
 
 def compiler_of(folder: Path) -> str | None:
     """What a folder of kernels was compiled with, if it says so."""
+    path = folder / COMPILER_FILE
     try:
-        return (folder / COMPILER_FILE).read_text(encoding="utf-8").strip() or None
+        return path.read_text(encoding="utf-8").strip()[:100] or None if path.is_file() else None
     except (OSError, UnicodeDecodeError):
         return None
 

@@ -47,13 +47,14 @@ def named(name: str, num_sms: int) -> Device:
     return Device(name, HOPPER, num_sms, MAX_SMEM_BYTES, memory_gbps(name))
 
 
+# By the names that commands know them by.
 MODELS = {
     "h200": H200,
     "h100": named("NVIDIA H100", 132),
     "h100-pcie": named("NVIDIA H100 PCIe", 114),
     "h800": named("NVIDIA H800", 132),
     "h20": named("NVIDIA H20", 78),
-}  # by the name that commands know them by
+}
 
 
 def current(index: int | None = None) -> Device:

@@ -126,6 +126,8 @@ def prepare(tile: Tile | Strip, kind: Kind, device_index: int) -> None:
         prepare_transposition(device_index)  # for scales that are not laid out yet
         if kind in (Kind.K_GROUPED, Kind.K_ENDS):
             _small_kernel(describing_source(), device_index)
+        if kind == Kind.CONTIGUOUS and settings.get("DG_JIT_DEBUG"):
+            _small_kernel(reporting_source(), device_index)
     _prepared.add(key)
 
 
