@@ -13,7 +13,7 @@ import numpy as np
 from .config import Config, block_size, percent
 from .decode import MOST_ROWS, strips
 from .errors import InvalidInputError
-from .heuristics import choices, is_legal, spare_tiles, tiles
+from .heuristics import choices, is_legal, kernels, spare_tiles, tiles
 from .layout import alignment_of_groups, is_whole
 from .plan import (
     DEBUG_WAIT_SECONDS,
@@ -116,8 +116,8 @@ def kernels_for(
     left by what is given. Pure and deterministic.
 
     Args:
-        layers: pairs (N, K), of all kinds; or Layers, which say more. None: all there can be. For pairs and kinds of
-            which groups are not known, all that is legal is listed.
+        layers: pairs (N, K), of all kinds; or Layers, which say more. None: all there can be. Of grouped kinds whose
+            groups are not known, and of ranges that are too long to go through, all that is legal is listed.
         kinds: those of KINDS that are meant.
         ms: the least and the most of M (masked: of expected_m) of pairs and of what has no layers; (1, 16384) for
             pairs, else any. A Layer has its own kind and ms.
@@ -175,7 +175,7 @@ def kernel_named(name: str) -> Kernel:
 @cache
 def every_kernel(debug: bool = False) -> tuple[Kernel, ...]:
     """All that there are, those for set_block_size_multiple_of as well."""
-    multiplying = (*tiles(), *tiles(True), *strips(), *spare_tiles())
+    multiplying = (*kernels(), *kernels(True), *spare_tiles())
     small = (Kernel(_LAYOUT), Kernel(DESCRIBE), *([Kernel(REPORT)] if debug else []))
     return (*(Kernel(tile.name, tile, debug) for tile in multiplying), *small)
 

@@ -303,9 +303,9 @@ class _Options:
 
     def _cheapest_splits(self) -> Any:
         """Into how many parts K is split: the same with and without overlap, what is fastest on the whole."""
-        every = np.unique(self._split)
-        if len(every) == 1:
-            return np.full(len(self._us[0]), every[0])
+        if not self._strips:
+            return np.ones(len(self._us[0]), dtype=int)
+        every = np.array(decode.SPLITS)
         totals = [sum(np.where(self._split == split, us, np.inf).min(axis=1) for us in self._us) for split in every]
         return every[np.argmin(totals, axis=0)]
 

@@ -87,7 +87,7 @@ class Problems:
     """A problem; or many that differ from it alone in how many rows there are, or are expected where there is a hint.
 
     counts: m of each, or expected_m. m, rows, bytes: as of Problem, a column of them; contiguous groups fill rows up to
-    the next multiple of their alignment.
+    the next multiple of their alignment, and bytes are floats, for they may pass 2^63.
     """
 
     def __init__(self, like: Problem, counts: Any = None) -> None:
@@ -101,7 +101,7 @@ class Problems:
                 m, rows = m * np.ones_like(column), like.groups * np.minimum(column, like.m)
         if like.kind == Kind.CONTIGUOUS:
             m = rows = -(-m // like.alignment) * like.alignment
-        self.m, self.rows, self.bytes = m, rows, like.bytes_of(rows)
+        self.m, self.rows, self.bytes = m, rows, like.bytes_of(rows.astype(float))
 
 
 class Operands(NamedTuple):

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from deep_gemm import kernels_for
-from deep_gemm.runtime.compiler import compile_many
+from deep_gemm.runtime import cache, compiler
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; tests start others, which inherit it
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -85,6 +85,18 @@ def kernel_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
     os.environ["DG_JIT_CACHE_DIR"] = str(folder)
     if request.config.getoption("--strict-kernels") and not _why_no_gpu():
-        compile_many([kernel.source() for debug in (False, True) for kernel in kernels_for(debug=debug)])
+        compiler.compile_many([kernel.source() for debug in (False, True) for kernel in kernels_for(debug=debug)])
         os.environ["DG_JIT_STRICT"] = "1"
     return folder
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A process as it starts, with an empty cache of its own; returns that cache's folder."""
+    for name in list(os.environ):
+        if name.startswith("DG_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "_said", set())
+    compiler._memory.clear()
+    return tmp_path / "cache"

@@ -32,10 +32,6 @@ OTHER_FILES = {"kernel.cubin": bytes(10000), "kernel.cu": b"// other\n", "kernel
 ABOUT = {"kernel": "gemm 64x128", "compiler": "NVRTC 13.0", "arch": "sm_90a", "options": "-std=c++17"}
 THIRD, OTHER = 4242, 4243  # users without a name
 
-with_a_newer_filelock = pytest.mark.skipif(
-    not cache._LOCK_OPTIONS,
-    reason="filelock before 3.30 loses locks to children, or deletes their files, or waits for locks that do not exist",
-)
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user, or mount")
 
 
@@ -719,7 +715,6 @@ def an_older_filelock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
 
 
-@with_a_newer_filelock
 @pytest.mark.parametrize("lack", [no_lock_daemon, no_system_call, an_older_filelock], ids=lambda lack: lack.__name__)
 def test_a_file_system_without_locks(
     lack: Callable[[pytest.MonkeyPatch], None],
@@ -841,7 +836,6 @@ os.waitpid(stayer, 0)
 """
 
 
-@with_a_newer_filelock
 def test_a_child_neither_frees_nor_keeps_its_parents_lock(store: Cache):
     assert alone(FORK, store.root, KEY) == ("held\nfree\n", "")
 
@@ -858,7 +852,6 @@ with Cache(Path(sys.argv[1])).lock("gemm", sys.argv[2]):
 """
 
 
-@with_a_newer_filelock
 def test_a_child_does_not_keep_the_lock_of_a_parent_that_is_killed(store: Cache, monkeypatch: pytest.MonkeyPatch):
     command = [sys.executable, "-c", ALONE + ORPHAN, store.root, KEY]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
@@ -1015,7 +1008,6 @@ def test_what_is_no_entry_is_never_removed(store: Cache, tmp_path: Path):
     assert all(path.exists() for path in (elsewhere, *others, *files))
 
 
-@with_a_newer_filelock
 def test_leftovers(store: Cache):
     assert list(store.leftovers()) == []
     for key in (KEY, OTHER_KEY, "0" * 64):
@@ -1037,7 +1029,6 @@ def test_leftovers(store: Cache):
     assert set(store.root.iterdir()) == {young, young_folder}
 
 
-@with_a_newer_filelock
 def test_a_lock_that_is_used_is_no_leftover(store: Cache):
     with store.lock("gemm", KEY):
         pass
@@ -1048,7 +1039,6 @@ def test_a_lock_that_is_used_is_no_leftover(store: Cache):
     assert list(store.leftovers()) == []
 
 
-@with_a_newer_filelock
 def test_whoever_waits_for_a_lock_file_that_is_removed_waits_for_the_next(store: Cache):
     """A lock of a file without a name keeps nobody out."""
     flock = fcntl.flock

@@ -23,21 +23,11 @@ import pytest
 from probe import ALONE, LOCAL_MEMORY, PROBE, SERIALISED, SETMAXNREG_IGNORED, SLOW, WAIT_INJECTED, WRONG, numbered
 
 from deep_gemm.errors import CompileError, InvalidInputError, MissingDependencyError, MissingKernelError
-from deep_gemm.runtime import cache, compiler, sass, tools
+from deep_gemm.runtime import compiler, sass, tools
 from deep_gemm.runtime.cache import Cache
 from deep_gemm.runtime.compiler import Cubin, Source, compile_many, cubin_for, obtain
 
-
-@pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A process as it starts, with an empty cache; returns the cache's folder."""
-    for name in list(os.environ):
-        if name.startswith("DG_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_said", set())
-    compiler._memory.clear()
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def entries_of(folder: Path) -> list[Path]:

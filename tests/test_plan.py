@@ -12,7 +12,7 @@ import tiles
 from bench import sweep
 from deep_gemm import decode, heuristics, measured, plan
 from deep_gemm.config import Config
-from deep_gemm.problem import Problem
+from deep_gemm.problem import Kind, Problem
 from deep_gemm.runtime import sass
 from deep_gemm.runtime.compiler import compile_many, obtain
 from deep_gemm.runtime.device import H200
@@ -119,6 +119,21 @@ def test_plans_are_legal():
         assert 1 <= chosen.band <= rows
         assert 1 <= chosen.ctas <= num_sms
         assert chosen.ctas % tile.cluster == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_largest_problems_are_planned():
+    """Whose bytes no 64 bits can count."""
+    m, n, k = 2**31 - 1, 2**31 - 8, 2**31 - 16
+    for problem in (
+        Problem(m, n, k),
+        Problem(1, n, k),
+        Problem(m, n, k, column_scales=True),
+        Problem(m, n, k, Kind.MASKED, m, m),
+        Problem(2**20, 2**20, 2**20, Kind.K_GROUPED, m, column_scales=True),
+    ):
+        cost = heuristics.choose(problem, H200).cost
+        assert cost.us > cost.memory_us > 0.7 * problem.bytes / H200.memory_gbps / 1e3
 
 
 def test_ranking_starts_with_the_choice():

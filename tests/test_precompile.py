@@ -18,7 +18,7 @@ from deep_gemm import cli, recorded
 from deep_gemm.config import Config
 from deep_gemm.deployment import kernels_for
 from deep_gemm.problem import Problem
-from deep_gemm.runtime import cache, compiler, sass
+from deep_gemm.runtime import compiler, sass
 from deep_gemm.runtime.compiler import COMPILER_FILE, default_compiler
 from deep_gemm.runtime.device import H200
 
@@ -31,16 +31,7 @@ MODEL = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A process as it starts, with an empty cache; returns the cache's folder."""
-    for name in list(os.environ):
-        if name.startswith("DG_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_said", set())
-    compiler._memory.clear()
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def run(*arguments: object) -> int:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -32,9 +31,10 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 LEFTOVER_SECONDS = 3600.0  # older than this, a folder that was being filled is nobody's
 LOCK_SECONDS = 60.0  # a holder that is stopped or hangs must not stop the others: compiling twice does no harm
@@ -44,12 +44,6 @@ _ENTRY = re.compile(r"[^.].*\.[0-9a-f]{32}")
 _ASIDE = re.compile(r"\.[^.].*\.[0-9a-f]{32}\.[a-z0-9_]{8}")  # where entries are made and deleted; mkdtemp's names
 _LOCK = re.compile(r"\.[^.].*\.[0-9a-f]{32}\.lock")
 _UNSOUND = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading raises where there is damage
-
-# Else filelock 3.30 and newer take the mere existence of the file for a lock where there is no flock, which outlives a
-# holder that is killed. Older ones know no such option.
-_LOCK_OPTIONS: dict[str, Any] = (
-    {"preserve_lock_file": True} if "preserve_lock_file" in inspect.signature(FileLock.__init__).parameters else {}
-)
 
 _logger = logging.getLogger("deep_gemm")
 _said: set[Path] = set()
@@ -211,7 +205,7 @@ class Cache:
         Raises: ValueError if it is anything else; OSError if it cannot be deleted.
         """
         kind = next((kind for kind in (_ENTRY, _ASIDE, _LOCK) if _is(path, kind)), None)
-        with contextlib.suppress(FileNotFoundError, Timeout):
+        with contextlib.suppress(FileNotFoundError, TimeoutError):
             path.lstat()
             if path.parent != self.root or not kind:
                 raise ValueError(f"{path} stays: it is neither an entry of the cache {self.root} nor a leftover of one")
@@ -348,7 +342,12 @@ def _flush(folder: Path) -> None:
 
 
 def _file_lock(path: Path, seconds: float) -> FileLock:
-    return FileLock(path, timeout=seconds, mode=0o600, **_LOCK_OPTIONS)
+    """A lock to be taken within so many seconds, or else a TimeoutError."""
+    from filelock import FileLock  # by those who compile alone
+
+    # If it need not be preserved, the mere existence of the file is a lock where there is no flock, and outlives a
+    # holder that is killed.
+    return FileLock(path, timeout=seconds, mode=0o600, preserve_lock_file=True)
 
 
 def _locked(path: Path) -> FileLock | None:
