@@ -808,10 +808,10 @@ from deep_gemm.runtime.cache import Cache
 def is_free():
     free = os.fork()
     if not free:
-        lock = cache.FileLock(next(root.glob(".*.lock")), timeout=0.05)
+        lock = cache._file_lock(next(root.glob(".*.lock")), 0.05)
         try:
             lock.acquire()
-        except cache.Timeout:
+        except TimeoutError:
             os._exit(1)
         os._exit(0)
     return os.waitpid(free, 0)[1] == 0
