@@ -5,7 +5,7 @@ Importing this package reads no environment, finds no compiler and needs no GPU.
 
 __version__ = "0.1.0"
 
-from . import testing, utils
+from . import operators, testing, utils
 from .compat import (
     bf16_gemm_nn,
     bf16_gemm_nt,

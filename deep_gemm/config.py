@@ -31,15 +31,17 @@ class Config:
 
 _config = Config()
 _compile_mode = 0
+_known = {_config: _config}
+running: Config | None = _config  # the settings now; None in compile mode, where nothing runs
 
 
 def current() -> Config:
-    """The settings now: immutable, and equal to themselves as long as nothing is set."""
+    """The settings now: immutable, and the same object whenever they are the same."""
     return _config
 
 
 def set_num_sms(num_sms: int | None) -> None:
-    """Limits multiplications to that many SMs (None or 0: all), so that other kernels can run beside them.
+    """Limits multiplications to num_sms SMs (None or 0: all), so that other kernels can run beside them.
 
     Raises: InvalidInputError if it is no whole number between 0 and the number of SMs of the current device.
     """
@@ -57,7 +59,7 @@ def get_num_sms() -> int:
 
 
 def set_tc_util(tc_util: int) -> None:
-    """Limits the kernels to so many percent of the tensor cores' peak, which saves power for others.
+    """Limits the kernels to tc_util percent of the tensor cores' peak, which saves power for others.
 
     Raises: InvalidInputError if it is no whole number between 1 and 100.
     """
@@ -72,12 +74,12 @@ def percent(tc_util: int) -> int:
 
 
 def get_tc_util() -> int:
-    """The limit of set_tc_util, in percent; 100: none."""
+    """The limit of `set_tc_util`, in percent; 100: none."""
     return _config.tc_util
 
 
 def set_pdl(enable: bool) -> None:
-    """Lets kernels start while the one before them on the stream still runs (programmatic dependent launch).
+    """enable: kernels may start while the one before them on the stream still runs (programmatic dependent launch).
 
     A dense multiplication then reads b and its scales before the kernel right before it on the stream has ended, and
     waits for that one before it reads a or writes d. So the contract: neither that kernel nor one that it overlaps with
@@ -90,12 +92,12 @@ def set_pdl(enable: bool) -> None:
 
 
 def get_pdl() -> bool:
-    """Whether set_pdl is on."""
+    """Whether `set_pdl` is on."""
     return _config.pdl
 
 
 def set_block_size_multiple_of(multiple: int | tuple[int, int]) -> None:
-    """Leaves the tiles whose rows and columns (one number for both, or two) are multiples of that; 1: all.
+    """Leaves the tiles whose rows and columns are multiples of `multiple` (one number for both, or two); 1: all.
 
     Raises: InvalidInputError where no tile is left.
     """
@@ -123,25 +125,26 @@ def block_size(multiple: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def set_compile_mode(mode: int) -> None:
-    """0: calls multiply. 1: calls compile the kernel that they would need, check their operands and launch nothing.
+    """mode 0: calls multiply. 1: they compile the kernel that they would need, check their operands, launch nothing.
 
     Raises: InvalidInputError for another mode.
     """
-    global _compile_mode
+    global _compile_mode, running
     if not is_whole(mode) or mode not in (0, 1):
         raise InvalidInputError(
             f"the compile mode is {mode!r}, expected 0 (multiply) or 1 (compile, and launch nothing)"
         )
     _compile_mode = int(mode)
+    running = None if mode else _config
 
 
 def get_compile_mode() -> int:
-    """As set_compile_mode set it."""
+    """As `set_compile_mode` set it."""
     return _compile_mode
 
 
 def set_batch_invariant(enable: bool) -> None:
-    """Makes every row's bits the same for all M: K is never divided among the CTAs of a cluster.
+    """enable: every row's bits are the same for all M, for K is never divided among the CTAs of a cluster.
 
     Without it a row has the same bits for all M with the same split (`deep-gemm explain`): for few rows, K may be added
     up in 2, 4 or 8 parts. What it costs: README.md, Interface.
@@ -152,12 +155,12 @@ def set_batch_invariant(enable: bool) -> None:
 
 
 def get_batch_invariant() -> bool:
-    """As set_batch_invariant set it."""
+    """As `set_batch_invariant` set it."""
     return _config.batch_invariant
 
 
 def set_ignore_compile_dims(ignore: bool) -> None:
-    """Taken for compatibility: no dimension is ever compiled into a kernel."""
+    """ignore is taken for compatibility: no dimension is ever compiled into a kernel."""
 
 
 def _flag(name: str, x: object) -> bool:
@@ -167,5 +170,7 @@ def _flag(name: str, x: object) -> bool:
 
 
 def _change(**values: int | bool | None) -> None:
-    global _config
-    _config = replace(_config, **values)  # type: ignore[arg-type]
+    global _config, running
+    new = replace(_config, **values)  # type: ignore[arg-type]
+    _config = _known.setdefault(new, new)
+    running = None if _compile_mode else _config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, wraps
@@ -10,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from . import config, problem, recorded, reference, settings
 from .config import Config
@@ -20,7 +22,8 @@ from .layout import get_mk_alignment_for_contiguous_layout
 from .plan import Plan, Strip, Tile
 from .problem import Kind, Operands, Pair, Problem, Problems
 from .runtime import device
-from .runtime.launch import launch, prepare
+from .runtime.guard import watched
+from .runtime.launch import again, launch, prepare
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,8 +84,14 @@ def fp8_gemm_nt(
 
     Source: block scales and two-level accumulation as in the DeepSeek-V3 report (arXiv 2412.19437), section 3.5.2.
     """
-    column_scales = problem.check_options(c, recipe, recipe_a, recipe_b, compiled_dims)
-    _run(*problem.dense(a, b, d, c, column_scales))
+    if not is_dynamo_compiling():
+        plain = c is None and recipe is None and recipe_a is None and recipe_b is None and compiled_dims == "nk"
+        if plain and again(a, b, d):
+            return
+        if not _watched(d):
+            column_scales = problem.check_options(c, recipe, recipe_a, recipe_b, compiled_dims)
+            return _run(*problem.dense(a, b, d, c, column_scales), option=None if column_scales else 0)
+    _traced("fp8_gemm_nt", a, b, d, c, recipe, recipe_a, recipe_b)
 
 
 def fp8_gemm_nn(
@@ -97,6 +106,8 @@ def fp8_gemm_nn(
     disable_ue8m0_cast: bool = False,
 ) -> None:
     """d = a @ b: `fp8_gemm_nt` with b [K, N] and scales [ceil(K / 128), ceil(N / 128)], views of K-major memory."""
+    if is_dynamo_compiling() or _watched(d):
+        return _traced("fp8_gemm_nn", a, b, d, c, recipe, recipe_a, recipe_b)
     with _swapped("b"):
         fp8_gemm_nt(a, _transposed(b), d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
 
@@ -113,6 +124,8 @@ def fp8_gemm_tn(
     disable_ue8m0_cast: bool = False,
 ) -> None:
     """d = a.T @ b: `fp8_gemm_nt` with a [K, M], b [K, N] and their scales, views of K-major memory."""
+    if is_dynamo_compiling() or _watched(d):
+        return _traced("fp8_gemm_tn", a, b, d, c, recipe, recipe_a, recipe_b)
     with _swapped("a and b"):
         fp8_gemm_nt(_transposed(a), _transposed(b), d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
 
@@ -129,6 +142,8 @@ def fp8_gemm_tt(
     disable_ue8m0_cast: bool = False,
 ) -> None:
     """d = a.T @ b.T: `fp8_gemm_nt` with a [K, M] and its scales, views of K-major memory."""
+    if is_dynamo_compiling() or _watched(d):
+        return _traced("fp8_gemm_tt", a, b, d, c, recipe, recipe_a, recipe_b)
     with _swapped("a"):
         fp8_gemm_nt(_transposed(a), b, d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
 
@@ -173,10 +188,22 @@ def m_grouped_fp8_gemm_nt_contiguous(
 
     Raises: as `fp8_gemm_nt`.
     """
-    problem.check_options(None, recipe, recipe_a, recipe_b, compiled_dims, dense=False)
-    alignment = get_mk_alignment_for_contiguous_layout()
     expected = expected_m_for_psum_layout
-    _run(*problem.contiguous(a, b, d, grouped_layout, use_psum_layout, alignment, expected, ensure_zero_padding))
+    if not is_dynamo_compiling():
+        alignment = get_mk_alignment_for_contiguous_layout()
+        option = alignment if ensure_zero_padding is True else -alignment if ensure_zero_padding is False else None
+        plain = recipe is None and recipe_a is None and recipe_b is None and compiled_dims == "nk"
+        by_row = use_psum_layout is False and expected is None
+        if plain and by_row and again(a, b, d, grouped_layout, option):
+            return
+        if not _watched(d):
+            problem.check_options(None, recipe, recipe_a, recipe_b, compiled_dims, dense=False)
+            checked = problem.contiguous(
+                a, b, d, grouped_layout, use_psum_layout, alignment, expected, ensure_zero_padding
+            )
+            return _run(*checked, option=option if by_row else None)
+    rest = grouped_layout, recipe, recipe_a, recipe_b, bool(use_psum_layout), bool(ensure_zero_padding), expected
+    _traced("m_grouped_fp8_gemm_nt_contiguous", a, b, d, *rest)
 
 
 @_also_by(m_indices="grouped_layout")
@@ -194,6 +221,9 @@ def m_grouped_fp8_gemm_nn_contiguous(
     ensure_zero_padding: bool = True,
 ) -> None:
     """`m_grouped_fp8_gemm_nt_contiguous` with b [G, K, N] and its scales, views of K-major memory."""
+    if is_dynamo_compiling() or _watched(d):
+        rest = grouped_layout, recipe, recipe_a, recipe_b, bool(use_psum_layout), bool(ensure_zero_padding)
+        return _traced("m_grouped_fp8_gemm_nn_contiguous", a, b, d, *rest)
     with _swapped("b"):
         m_grouped_fp8_gemm_nt_contiguous(
             a, _transposed(b), d, grouped_layout, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast,
@@ -228,8 +258,14 @@ def m_grouped_fp8_gemm_nt_masked(
 
     Raises: as `fp8_gemm_nt`.
     """
-    problem.check_options(None, recipe, recipe_a, recipe_b, compiled_dims, dense=False)
-    _run(*problem.masked(a, b, d, masked_m, expected_m))
+    if not is_dynamo_compiling():
+        plain = recipe is None and recipe_a is None and recipe_b is None and compiled_dims == "nk"
+        if plain and type(expected_m) is int and again(a, b, d, masked_m, expected_m):
+            return
+        if not _watched(d):
+            problem.check_options(None, recipe, recipe_a, recipe_b, compiled_dims, dense=False)
+            return _run(*problem.masked(a, b, d, masked_m, expected_m), option=expected_m)
+    _traced("m_grouped_fp8_gemm_nt_masked", a, b, d, masked_m, expected_m, recipe, recipe_a, recipe_b)
 
 
 @_also_by(ks="ks_cpu", ks_tensor="grouped_layout")
@@ -262,6 +298,9 @@ def k_grouped_fp8_gemm_nt_contiguous(
 
     Raises: as `fp8_gemm_nt`.
     """
+    if is_dynamo_compiling() or _watched(d):
+        rest = ks_cpu, grouped_layout, c, recipe, bool(use_psum_layout)
+        return _traced("k_grouped_fp8_gemm_nt_contiguous", a, b, d, *rest)
     problem.check_k_grouped_options(recipe, compiled_dims)
     alignment = get_mk_alignment_for_contiguous_layout()
     _run(*problem.k_grouped(a, b, d, ks_cpu, grouped_layout, c, use_psum_layout, alignment))
@@ -283,7 +322,37 @@ def _swapped(names: str) -> Generator[None]:
         raise InvalidInputError(f"{error} (here the last two dimensions of {names} are swapped)") from None
 
 
-def _run(problem: Problem, operands: Operands) -> None:
+class _Thread(threading.local):
+    """within: whether an operator is at work, of which nobody wants to see a second one."""
+
+    within = False
+
+
+_thread = _Thread()
+
+
+def _watched(d: Any) -> bool:
+    """Whether a call is to become an operator (operators.py), and is none yet."""
+    return watched(d) and not _thread.within
+
+
+@contextmanager
+def unwatched() -> Generator[None]:
+    """For what is already an operator."""
+    before, _thread.within = _thread.within, True
+    try:
+        yield
+    finally:
+        _thread.within = before
+
+
+def _traced(name: str, a: Pair, b: Pair, d: torch.Tensor, *options: Any) -> None:
+    """Calls the operator of that name."""
+    getattr(torch.ops.deep_gemm, name).out(a[0], a[1], b[0], b[1], *options, d=d)
+
+
+def _run(problem: Problem, operands: Operands, option: Any = None) -> None:
+    """option: as given to launch."""
     if problem.is_empty:
         if operands.clear_padding and not config.get_compile_mode():
             operands.d.zero_()  # without groups all rows are padding
@@ -295,11 +364,12 @@ def _run(problem: Problem, operands: Operands) -> None:
         return
     if config.get_compile_mode():
         return prepare(_kernel_of(problem, index), problem.kind, index)
-    plan = plan_of(problem, index)
+    settings_now = config.current()
+    plan = _plan(problem, index, settings_now)
     if problem.k == 0:  # no group has any columns
         operands.d.zero_() if operands.c is None else operands.d.copy_(operands.c)
     else:
-        launch(plan, operands)
+        launch(plan, operands, option, settings_now)
 
 
 def plan_of(problem: Problem, device_index: int = 0) -> Plan:

@@ -257,7 +257,7 @@ def contiguous_problem(monkeypatch: pytest.MonkeyPatch, m: int = 384, **options:
     b = torch.ones(2, 64, 128).to(torch.float8_e4m3fn), torch.ones(2, 1, 1)
     layout = torch.zeros(2 if options.get("use_psum_layout") else m, dtype=torch.int32)
     with monkeypatch.context() as patch:
-        patch.setattr(gemm, "_run", lambda problem, operands: seen.append(problem))
+        patch.setattr(gemm, "_run", lambda problem, operands, option: seen.append(problem))
         d = torch.empty(m, 64, dtype=torch.bfloat16)
         deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, b, d, layout, **options)
     return seen[0]
@@ -325,7 +325,7 @@ def test_compile_mode_compiles_what_a_call_would_launch(monkeypatch: pytest.Monk
     """Of a GPU's tensor the call asks the device alone, and a meta tensor has one that is not the CPU."""
     asked: list[Any] = []
     monkeypatch.setattr(gemm, "prepare", lambda tile, kind, index: asked.append(tile))
-    monkeypatch.setattr(gemm, "launch", lambda plan, operands: asked.append("launch"))
+    monkeypatch.setattr(gemm, "launch", lambda plan, *rest: asked.append("launch"))
     problem, checked = gemm.problem.dense(*operands())
     checked = checked._replace(d=checked.d.to("meta"))
     for mode, last in ((1, planned(problem).tile), (0, "launch")):

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
-from collections.abc import Iterator
+import os
+import random
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from deep_gemm import heuristics
+import deep_gemm
+from deep_gemm import config, heuristics, settings
 from deep_gemm.config import Config
 from deep_gemm.errors import LaunchError
 from deep_gemm.plan import Plan, Strip, make_strip, make_tile
 from deep_gemm.problem import Kind, Operands, Problem
-from deep_gemm.runtime import driver, launch
+from deep_gemm.runtime import driver, guard, launch
 from deep_gemm.runtime.compiler import compile
 from deep_gemm.runtime.device import H200
 
@@ -44,6 +52,7 @@ class Notes:
         self.fail: Any = None
         self.reported: list[list[int]] = []
         self.stream, self.capturing = 77, False
+        self.address_at = 0  # bytes from the beginning of a tensor map
 
     def __getattr__(self, name: str) -> Any:
         return getattr(cuda, name)
@@ -52,10 +61,14 @@ class Notes:
         sizes = [[int(x) for x in values] for values in (shape, strides, box)]
         assert (rank, [int(x) for x in steps]) == (3, [1, 1, 1])
         self.encoded.append(SimpleNamespace(address=address, shape=sizes[0], pitches=sizes[1], box=sizes[2]))
-        return *SUCCESS, cuda.CUtensorMap()
+        tensor_map = cuda.CUtensorMap()
+        ctypes.memset(tensor_map.getPtr(), sum(map(sum, sizes)) % 251, 128)
+        ctypes.c_uint64.from_address(tensor_map.getPtr() + self.address_at).value = address
+        return *SUCCESS, tensor_map
 
     def cuTensorMapReplaceAddress(self, tensor_map, address):
         self.replaced.append((tensor_map.getPtr(), address))
+        ctypes.c_uint64.from_address(tensor_map.getPtr() + self.address_at).value = address
         return SUCCESS
 
     def cuLaunchKernelEx(self, config, kernel, parameters, extra):
@@ -73,6 +86,7 @@ class Notes:
                 kernel=int(kernel), grid=config.gridDimX, threads=config.blockDimX, smem=config.sharedMemBytes,
                 stream=int(config.hStream), cluster=cluster_of(config),
                 problem={name: getattr(p, name) for name, _ in p._fields_}, args=ctypes.addressof(args),
+                maps=ctypes.string_at(ctypes.addressof(args), 640),
                 attributes=[int(attribute.id) for attribute in config.attrs] if config.numAttrs else [],
             )
         )  # fmt: skip
@@ -94,7 +108,8 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
     for module in (launch, driver):
         monkeypatch.setattr(module, "driver", lambda: notes)
     monkeypatch.setattr(launch, "kernel_for", lambda tile, index: cuda.CUfunction(tile.block_n))
-    monkeypatch.setattr(launch, "_thread", SimpleNamespace(launchers={}))
+    monkeypatch.setattr(launch, "_thread", launch._Thread())
+    monkeypatch.setattr(launch, "bind_context", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index that CPU tensors have
     monkeypatch.setattr(launch, "_counters", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: notes.capturing)
@@ -350,41 +365,47 @@ def test_no_more_rows_are_asked_for_than_there_are(m: int, rows: int, scale_rows
     assert notes.launched[0].cluster == 1
 
 
-def test_a_known_layout_replaces_addresses_that_changed(notes: Notes):
+def addresses(launched: SimpleNamespace, at: int = 0) -> list[int]:
+    """Those of the tensor maps of a, b, a_scales and d."""
+    return [int.from_bytes(launched.maps[start + at : start + at + 8], "little") for start in (0, 128, 256, 512)]
+
+
+def others(launched: SimpleNamespace, at: int = 0) -> bytes:
+    """All else that these maps hold."""
+    return b"".join(launched.maps[i : i + at] + launched.maps[i + at + 8 : i + 128] for i in (0, 128, 256, 512))
+
+
+@pytest.mark.parametrize("at", [0, 8], ids=["by hand", "by the driver"])
+def test_a_known_layout_replaces_addresses(at: int, notes: Notes):
+    """By hand where a tensor map begins with its address, and else by the driver, who alone knows where it is."""
+    notes.address_at = at
     p, first, second = plan((64, 32), 64, 64, 128), operands(64, 64, 128), operands(64, 64, 128)
     launch.launch(p, first)
-    launch.launch(p, first)
-    assert notes.replaced == []
+    before = len(notes.replaced)
     mixed = first._replace(b=second.b, d=second.d, b_scales=second.b_scales)
     launch.launch(p, mixed)
-    args = notes.launched[0].args
-    assert notes.replaced == [(args + 128, second.b.data_ptr()), (args + 512, second.d.data_ptr())]
-    assert [x.problem["b_scales"] for x in notes.launched] == [first.b_scales.data_ptr()] * 2 + [
-        second.b_scales.data_ptr()
-    ]
     assert len(notes.encoded) == 4
+    assert (len(notes.replaced) > before) == (at > 0)
+    for launched, o in zip(notes.launched, (first, mixed), strict=True):
+        assert addresses(launched, at) == [x.data_ptr() for x in (o.a, o.b, o.a_scales, o.d)]
+        assert fields(launched, "b_scales", "d") == [o.b_scales.data_ptr(), o.d.data_ptr()]
+    assert others(notes.launched[0], at) == others(notes.launched[1], at)
 
 
-def test_an_interrupted_replacement_is_mended(notes: Notes, monkeypatch: pytest.MonkeyPatch):
+def test_what_an_interrupt_leaves_is_mended(notes: Notes, monkeypatch: pytest.MonkeyPatch):
     p, first, second = plan((64, 32), 64, 64, 128), operands(64, 64, 128), operands(64, 64, 128)
     launch.launch(p, first)
-    (launcher,) = launch._thread.launchers.values()
-    replace = launcher._replace
 
-    def interrupted(tensor_map: Any, address: int) -> Any:
-        if notes.replaced:
-            raise KeyboardInterrupt
-        return replace(tensor_map, address)
+    def interrupted(index: int) -> int:
+        raise KeyboardInterrupt
 
-    launcher._replace = interrupted
-    with pytest.raises(KeyboardInterrupt):
+    ((launcher,),) = launch._thread.launchers.known.values()
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(launcher, "current_stream", interrupted)
         launch.launch(p, second)
-    launcher._replace = replace
-    notes.replaced.clear()
-    launcher(first)
-    assert [address for _, address in notes.replaced] == [
-        x.data_ptr() for x in (first.a, first.b, first.a_scales, first.d)
-    ]
+    launch.launch(p, first)
+    assert addresses(notes.launched[1]) == addresses(notes.launched[0])
+    assert notes.launched[1].problem == notes.launched[0].problem
 
 
 def test_tensor_maps_are_aligned(notes: Notes):
@@ -399,7 +420,6 @@ def test_another_layout_is_described_anew(notes: Notes):
     wide = torch.zeros(64, 256, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, :128]
     launch.launch(p, o._replace(a=wide))
     assert [x.pitches[0] for x in notes.encoded[::4]] == [128, 256]
-    assert notes.replaced == []
 
 
 def test_scales_of_a_in_another_order_are_put_in_order(notes: Notes):
@@ -434,7 +454,7 @@ def test_launches_are_bounded_and_the_least_recently_used_goes(notes: Notes, mon
     for i in (0, 1, 0, 2, 0, 1):
         launch.launch(plans[i], operands(plans[i].problem.m, 64, 128))
     assert len(notes.encoded) == 4 * 4  # 0, 1, 2, and 1 again; 0 was in use all the time
-    assert [key[0] for key in launch._thread.launchers] == [plans[0], plans[1]]
+    assert [launcher.plan for (launcher,) in launch._thread.launchers.known.values()] == [plans[0], plans[1]]
 
 
 def test_a_refusal_of_the_driver_is_an_error_by_name(notes: Notes):
@@ -446,3 +466,338 @@ def test_a_refusal_of_the_driver_is_an_error_by_name(notes: Notes):
     notes.fail = None
     launch.launch(p, o)
     assert len(notes.launched) == 1
+
+
+# Calls of a kind that came before: `again`
+
+
+def stack(o: Operands, groups: int) -> Operands:
+    """With as many b, all alike."""
+    b = o.b.view(torch.uint8).repeat(groups, 1, 1).view(o.b.dtype)
+    return o._replace(b=b, b_scales=o.b_scales.repeat(groups, 1, 1))
+
+
+def of_kind(kind: Kind, m: int = 256) -> tuple[Plan, Operands, int]:
+    """What launch is told for a call: a plan, operands and the option."""
+    o, groups = operands(m, 64, 128), 2
+    if kind == Kind.DENSE:
+        return plan((64, 32), m, 64, 128), o, 0
+    o = stack(o, groups)
+    if kind == Kind.CONTIGUOUS:
+        o = o._replace(layout=torch.zeros(m, dtype=torch.int32), clear_padding=True)
+        return plan((64, 32), m, 64, 128, kind=kind, groups=groups, alignment=128), o, 128
+    a = torch.zeros(groups, m, 128, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    a_scales, d = torch.ones(groups, 1, m).mT, torch.empty(groups, m, 64, dtype=torch.bfloat16)
+    o = o._replace(a=a, a_scales=a_scales, d=d, layout=torch.zeros(groups, dtype=torch.int32))
+    return plan((64, 32), m, 64, 128, kind=kind, groups=groups, expected_m=20), o, 20
+
+
+def call(o: Operands, **more: Any) -> None:
+    """The public function of operands of_kind."""
+    pairs = (o.a, o.a_scales), (o.b, o.b_scales), o.d
+    if o.layout is None:
+        deep_gemm.fp8_gemm_nt(*pairs, **more)
+    elif o.a.dim() == 2:
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous(*pairs, o.layout, **more)
+    else:
+        deep_gemm.m_grouped_fp8_gemm_nt_masked(*pairs, o.layout, **{"expected_m": 20, **more})
+
+
+def again(o: Operands, option: Any = 0) -> bool:
+    return launch.again((o.a, o.a_scales), (o.b, o.b_scales), o.d, o.layout, option)
+
+
+PUBLIC = (Kind.DENSE, Kind.CONTIGUOUS, Kind.MASKED)
+
+
+@pytest.fixture(autouse=True)
+def as_set_before() -> Iterator[None]:
+    yield
+    deep_gemm.set_compile_mode(0)
+    deep_gemm.set_pdl(False)
+    deep_gemm.set_num_sms(None)
+
+
+@pytest.fixture
+def own_guard(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if torch.compile had no guards to borrow."""
+    if request.param:
+        monkeypatch.setitem(sys.modules, "torch._C._dynamo.guards", None)
+
+
+either_guard = pytest.mark.parametrize("own_guard", [False, True], ids=["torch's guard", "own guard"], indirect=True)
+
+
+@either_guard
+@pytest.mark.parametrize("kind", PUBLIC)
+def test_a_call_like_one_before_is_launched_at_once(kind: Kind, own_guard: None, notes: Notes):
+    """With the arguments that a launch of its own would have: nothing is described, allocated or looked up."""
+    p, first, option = of_kind(kind)
+    _, second, _ = of_kind(kind)
+    launch.launch(p, second, option, config.current())
+    wanted = notes.launched.pop()
+    launch._thread.launchers.known.clear()
+    launch.launch(p, first, option, config.current())
+    described = len(notes.encoded)
+    with pytest.MonkeyPatch.context() as patch:
+        for forbidden in ((settings, "get"), (torch, "empty"), (launch, "driver"), (launch, "kernel_for")):
+            patch.setattr(*forbidden, lambda *args, **keywords: pytest.fail("not here"))
+        call(second)
+    assert len(notes.encoded) == described and len(notes.launched) == 2
+    assert addresses(notes.launched[1]) == addresses(wanted)
+    assert others(notes.launched[1]) == others(wanted)
+    assert notes.launched[1].problem == wanted.problem
+    assert (notes.launched[1].grid, notes.launched[1].stream) == (wanted.grid, wanted.stream)
+
+
+def misplaced(x: torch.Tensor) -> torch.Tensor:
+    """The same values at an address that is no multiple of 16 bytes."""
+    flat = torch.empty(x.numel() + 16, dtype=x.dtype).view(torch.uint8)
+    start = 4 if flat.data_ptr() % 16 == 0 else 0
+    flat = flat[start : start + x.numel() * x.element_size()].view(x.dtype)
+    return flat.as_strided(x.shape, x.stride()).copy_(x)
+
+
+def freed(x: torch.Tensor) -> torch.Tensor:
+    y = x.clone(memory_format=torch.preserve_format)
+    y.untyped_storage().resize_(0)
+    return y
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+CHANGES: dict[str, Callable[[Operands], Operands]] = {
+    "a is FP32": lambda o: o._replace(a=o.a.float()),
+    "a is E5M2": lambda o: o._replace(a=o.a.view(torch.float8_e5m2)),
+    "b has other strides": lambda o: o._replace(b=o.b.view(torch.uint8).mT.contiguous().mT.view(o.b.dtype)),
+    "b's scales have other strides": lambda o: o._replace(b_scales=o.b_scales.expand(3, *o.b_scales.shape)[..., 0]),
+    "a's scales are BF16": lambda o: o._replace(a_scales=o.a_scales.bfloat16()),
+    "d is FP32": lambda o: o._replace(d=o.d.float()),
+    "d has fewer rows": lambda o: o._replace(d=o.d[..., :-1, :]),
+    "d has wider rows": lambda o: o._replace(d=torch.cat([o.d, o.d], -1)[..., : o.d.shape[-1]]),
+    "d is elsewhere": lambda o: o._replace(d=o.d.to("meta")),
+    "d is of a subclass": lambda o: o._replace(d=o.d.as_subclass(Subclass)),
+    "d wants gradients": lambda o: o._replace(d=o.d.clone().requires_grad_()),
+    "a is no tensor": lambda o: o._replace(a=[1.0]),  # type: ignore[arg-type]
+    "b is None": lambda o: o._replace(b=None),  # type: ignore[arg-type]
+    "a starts askew": lambda o: o._replace(a=misplaced(o.a.view(torch.uint8)).view(o.a.dtype)),
+    "a's scales start askew": lambda o: o._replace(a_scales=misplaced(o.a_scales)),
+    "d starts askew": lambda o: o._replace(d=misplaced(o.d)),
+    "b has no memory": lambda o: o._replace(b=freed(o.b.view(torch.uint8)).view(o.b.dtype)),
+    "b's scales have no memory": lambda o: o._replace(b_scales=freed(o.b_scales)),
+    "d has no memory": lambda o: o._replace(d=freed(o.d)),
+}  # fmt: skip
+
+
+@either_guard
+@pytest.mark.parametrize("kind", PUBLIC)
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_unlike_is_for_the_check(change: str, kind: Kind, own_guard: None, notes: Notes):
+    p, o, option = of_kind(kind)
+    launch.launch(p, o, option, config.current())
+    assert again(o, option)
+    assert not again(CHANGES[change](o), option)
+    assert len(notes.launched) == 2
+    assert again(o, option)
+
+
+@either_guard
+def test_layouts_of_groups_are_compared_as_well(own_guard: None, notes: Notes):
+    p, o, option = of_kind(Kind.MASKED)
+    launch.launch(p, o, option, config.current())
+    assert o.layout is not None
+    for layout in (o.layout.long(), o.layout[:1], o.layout.repeat_interleave(2)[::2], None, 5):
+        assert not again(o._replace(layout=layout), option)  # type: ignore[arg-type]
+    assert not again(o, option + 1)
+    assert again(o, option)
+
+
+@pytest.mark.parametrize("pairs", [(None, None), (1, 2), ((), ()), ("ab", "cd"), ((1, 2), (3, 4))])
+def test_what_is_no_pair_is_for_the_check(pairs: Any, notes: Notes):
+    p, o, option = of_kind(Kind.DENSE)
+    launch.launch(p, o, option, config.current())
+    assert not launch.again(*pairs, o.d)
+    assert not launch.again((o.a, o.a_scales, o.a), (o.b, o.b_scales), o.d)
+    assert not launch.again(torch.stack([o.a_scales] * 2), (o.b, o.b_scales), o.d)
+    with pytest.raises(deep_gemm.errors.InvalidInputError):
+        deep_gemm.fp8_gemm_nt(*pairs, o.d)
+
+
+@pytest.mark.parametrize("kind", PUBLIC)
+@pytest.mark.parametrize(
+    "option",
+    [{"recipe": (1, 2, 3)}, {"recipe_a": (1, 1)}, {"recipe_b": 7}, {"compiled_dims": "x"}],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_are_checked_every_time(option: dict[str, Any], kind: Kind, notes: Notes):
+    p, o, known = of_kind(kind)
+    launch.launch(p, o, known, config.current())
+    call(o)
+    for _ in range(2):
+        with pytest.raises(deep_gemm.errors.InvalidInputError):
+            call(o, **option)
+    assert len(notes.launched) == 2
+
+
+@pytest.mark.parametrize("hint", [True, 20.0, "20", None])
+def test_hints_are_checked_every_time(hint: Any, notes: Notes):
+    p, o, known = of_kind(Kind.MASKED)
+    launch.launch(p, o, known, config.current())
+    launch.launch(p, o, 1, config.current())
+    with pytest.raises(deep_gemm.errors.InvalidInputError, match="expected_m is"):
+        call(o, expected_m=hint)
+
+
+def test_settings_have_launches_of_their_own(notes: Notes):
+    p, o, option = of_kind(Kind.DENSE)
+    launch.launch(p, o, option, config.current())
+    deep_gemm.set_pdl(True)
+    assert not again(o)
+    launch.launch(plan((64, 32), 256, 64, 128, config.current()), o, option, config.current())
+    for enable in (False, True) * 3:
+        deep_gemm.set_pdl(enable)
+        if launch._thread.launchers.settings is not config.current():
+            assert not again(o)  # until a call has been planned
+            launch.launch(p, o, option, config.current())
+        assert again(o)
+        assert bool(notes.launched[-1].attributes) == enable or launch._thread.launchers.last.plan is p
+    deep_gemm.set_compile_mode(1)
+    assert not again(o)
+    deep_gemm.set_compile_mode(0)
+    assert again(o)
+
+
+def test_settings_are_bounded(notes: Notes):
+    p, o, option = of_kind(Kind.DENSE)
+    for num_sms in range(1, 40):
+        deep_gemm.set_num_sms(num_sms)
+        launch.launch(p, o, option, config.current())
+        assert again(o)
+    assert len(launch._thread._of) == launch.MAX_SETTINGS
+
+
+def test_modes_see_operators(notes: Notes):
+    """And a launch that was made in one is none for calls outside."""
+    p, o, option = of_kind(Kind.DENSE)
+    launch.launch(p, o, option, config.current())
+    with FlopCounterMode(display=False):
+        assert not again(o)
+    assert again(o)
+
+
+def test_another_current_device_is_for_the_check(notes: Notes, monkeypatch: pytest.MonkeyPatch):
+    current: list[int | None] = [None]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+    p, o, option = of_kind(Kind.DENSE)
+    launch.launch(p, o, option, config.current())
+    assert again(o)
+    current[0] = 1
+    assert not again(o)
+
+
+def test_calls_in_any_order(notes: Notes, monkeypatch: pytest.MonkeyPatch):
+    """Whatever came before, and however much has been forgotten since, what is launched is what was called."""
+    monkeypatch.setattr(launch, "MAX_LAUNCHERS", 4)
+    rng = random.Random(0)
+    made = [of_kind(kind, m) for kind in PUBLIC for m in (64, 128, 192)] * 2
+    alike = of_kind(Kind.DENSE, 64)  # of the same sizes as another, with d in wider rows
+    wide = torch.empty(64, 128, dtype=torch.bfloat16)[:, :64]
+    made += [(alike[0], alike[1]._replace(d=wide), 0)] * 3
+    hits = 0
+    for turn in range(3000):
+        p, o, option = made[turn % 5 if turn < 1000 else rng.randrange(len(made))]
+        notes.stream = rng.choice((77, 78))
+        if again(o, option):
+            hits += 1
+        else:
+            launch.launch(p, o, option, config.current())
+        (launched,) = notes.launched
+        assert addresses(launched)[:3] == [x.data_ptr() for x in (o.a, o.b, o.a_scales)]
+        assert fields(launched, "kind", "m", "d", "d_stride_m", "b_scales") == [
+            p.problem.kind, p.problem.m, o.d.data_ptr(), o.d.stride(-2), o.b_scales.data_ptr()
+        ]  # fmt: skip
+        assert fields(launched, "layout") == [0 if o.layout is None else o.layout.data_ptr()]
+        assert launched.stream == notes.stream
+        notes.launched.clear()
+    assert 500 < hits < 2999
+    assert len(launch._thread.launchers.known) <= 4
+    # What is forgotten is kept by nothing: at most each of those left, and the last one, knows of one more.
+    gc.collect()
+    assert sum(type(x) is launch._Launcher for x in gc.get_objects()) <= 4 * launch.MAX_ALIKE * 2 + 1
+
+
+def test_tensors_are_not_kept(notes: Notes):
+    p, o, option = of_kind(Kind.DENSE)
+    launch.launch(p, o, option, config.current())
+    assert again(o)
+    gone = [weakref.ref(x) for x in (o.a, o.b, o.d)]
+    del o
+    gc.collect()
+    assert [x() for x in gone] == [None] * 3
+
+
+def test_refusals_of_the_driver_are_errors_again(notes: Notes):
+    p, o, option = of_kind(Kind.DENSE)
+    launch.launch(p, o, option, config.current())
+    notes.fail = cuda.CUresult.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(LaunchError, match="launching 64x32"):
+        again(o)
+    notes.fail = None
+    assert again(o)
+
+
+def test_threads_have_launches_of_their_own(notes: Notes):
+    p, o, option = of_kind(Kind.DENSE)
+    launch.launch(p, o, option, config.current())
+    seen: list[Any] = []
+
+    def work() -> None:
+        seen.append(again(o))
+        launch.launch(p, o, option, config.current())
+        seen.append(again(o))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen) == [False] * 4 + [True] * 4
+    assert len({launched.args for launched in notes.launched}) == 5
+
+
+def test_a_forked_child_knows_nothing_of_its_parent(notes: Notes):
+    p, o, option = of_kind(Kind.DENSE)
+    launch.launch(p, o, option, config.current())
+    launch._kernels[p.tile, 0, False] = "a kernel of the parent's context"
+    with launch._lock:
+        child = os.fork()
+        if not child:
+            fresh = launch._lock.acquire(blocking=False) and not again(o)
+            os._exit(0 if fresh and not launch._kernels and not launch._counters else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    launch._kernels.clear()
+    assert again(o)
+
+
+@pytest.mark.parametrize("change", ["type", "dtype", "shape", "stride", "negation", "gradient", "mode"])
+def test_both_guards_agree(change: str, monkeypatch: pytest.MonkeyPatch):
+    x, y = torch.zeros(4, 6), torch.zeros(6)
+    other = {
+        "type": torch.nn.Parameter(x, requires_grad=False),
+        "dtype": x.view(torch.int32),
+        "shape": x[:, :5],
+        "stride": torch.zeros(6, 4).t(),
+        "negation": torch._neg_view(x),
+        "gradient": x.clone().requires_grad_(),
+        "mode": x,
+    }[change]
+    guards = [guard.guard([x, y])]
+    monkeypatch.setitem(sys.modules, "torch._C._dynamo.guards", None)
+    guards.append(guard.guard([x, y]))
+    for fits in guards:
+        assert fits(x, y) and fits(x.clone(), y.clone())
+        with FlopCounterMode(display=False) if change == "mode" else contextlib.nullcontext():
+            assert not fits(other, y)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .. import settings
+from .. import config, settings
+from ..config import Config
 from ..heuristics import box_rows, tile_rows
 from ..layout import align, ceil_div, get_mn_major_tma_aligned_tensor
 from ..plan import (
@@ -26,10 +29,13 @@ from ..plan import (
 from ..problem import Kind, Operands
 from .compiler import Source, cubin_for
 from .driver import bind_context, check, driver, load
+from .guard import guard
 from .transpose import prepare as prepare_transposition
 
 MAP_BYTES = 128
-MAX_LAUNCHERS = 1024  # for each thread
+MAX_LAUNCHERS = 4096  # for each thread and settings, of different sizes
+MAX_ALIKE = 8  # of the same sizes
+MAX_SETTINGS = 8  # whose launchers a thread keeps
 
 
 class _ProblemArgs(ctypes.Structure):
@@ -81,38 +87,106 @@ class _Args(ctypes.Structure):
     ]
 
 
-def launch(plan: Plan, operands: Operands) -> None:
+def _never(*tensors: torch.Tensor) -> bool:
+    return False
+
+
+def _word(struct: type[ctypes.Structure], name: str) -> int:
+    """Where a member is among the words of a structure, of 8 bytes each."""
+    return getattr(struct, name).offset // 8
+
+
+_A, _A_SCALES, _B, _B_SCALES, _D = (_word(_Args, name) for name in ("a", "a_scales", "b", "b_scales", "d"))
+_P_A, _P_B, _P_B_SCALES, _P_C, _P_D, _P_LAYOUT = (
+    _word(_Args, "problem") + _word(_ProblemArgs, name) for name in ("a", "b", "b_scales", "c", "d", "layout")
+)
+_P_COUNTER = (_Args.problem.offset + _ProblemArgs.counter.offset) // 4
+_DEFAULT_STREAM = -1
+
+
+def again(a: Any, b: Any, d: Any, layout: Any = None, option: Any = 0) -> bool:
+    """Launches what this thread has launched before for operands that only have other addresses; whether there was any.
+
+    If not, nothing has happened, and the operands are to be checked. a, b, d: as of a public call. layout: the tensor
+    that says which rows belong to which group. option: as given to launch.
+
+    What came after the last launcher the last time is tried first, others are found by sizes; that all is the same, one
+    comparison tells. What follows it is _Launcher.__call__ for the common case, spelled out: this is where a call's
+    microseconds go.
+    """
+    launchers = _thread.launchers
+    if launchers.settings is not config.running:
+        return False
+    try:
+        (x, x_scales), (y, y_scales) = a, b
+        last = launchers.last
+        launcher = last.next
+        if launcher.option != option or not (
+            launcher.fits_again(x, x_scales, y, y_scales, d)
+            if layout is None
+            else launcher.fits_again(x, x_scales, y, y_scales, d, layout)
+        ):
+            tensors = (x, x_scales, y, y_scales, d) if layout is None else (x, x_scales, y, y_scales, d, layout)
+            for launcher in launchers.known[x.numel(), y.numel(), option]:
+                if launcher.fits_again(*tensors):
+                    break
+            else:
+                return False
+            last.next = launcher
+    except (KeyError, TypeError, ValueError, AttributeError):  # never seen, or no pairs of tensors
+        return False
+    words = launcher.words
+    words[_A] = a_at = x.data_ptr()
+    words[_A_SCALES] = a_scales_at = x_scales.data_ptr()
+    words[_B] = b_at = y.data_ptr()
+    words[_P_B_SCALES] = b_scales_at = y_scales.data_ptr()
+    words[_D] = words[_P_D] = d_at = d.data_ptr()
+    if (a_at | a_scales_at | b_at | d_at) & 15 or not (a_at and a_scales_at and b_at and b_scales_at and d_at):
+        return False
+    if layout is not None:
+        words[_P_LAYOUT] = layout.data_ptr()
+    if launcher.has_others and torch._C._cuda_getDevice() != launcher.index:  # pyright: ignore
+        return False
+    stream = launcher.current_stream(launcher.index)
+    if stream != launcher.stream:
+        launcher.change_stream(stream)
+    if launcher.counters is not None:
+        launcher.numbers[_P_COUNTER] = launcher.counters.take(stream)
+    launcher.used = True
+    launchers.last = launcher
+    result = launcher.launch(launcher.config, launcher.kernel, launcher.parameters, 0)
+    if result[0] is not launcher.success:
+        check(result, f"launching {launcher.plan}")
+    return True
+
+
+def launch(plan: Plan, operands: Operands, option: Any = None, settings_now: Config | None = None) -> None:
     """Queues the kernel on the current stream of the operands' device.
 
+    option: what tells the problem from others whose operands are laid out alike, for `again`; None: all of it.
+    settings_now: those that the plan was made for.
     Raises: CompileError, LaunchError.
     """
     index = operands.d.device.index
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
-            return launch(plan, operands)
-    o = operands
+            return launch(plan, operands, option, settings_now)
+    o, problem = operands, plan.problem
     a_scales, b_scales = mn_major(o.a_scales), mn_major(o.b_scales) if plan.tile.column_scales else o.b_scales
     c, d = o.c, o.d
     if c is not None and (c.stride() != d.stride() or c.data_ptr() % 16):  # the kernel has d's strides for it
         c = torch.empty_strided(d.shape, d.stride(), dtype=d.dtype, device=d.device).copy_(c)
     if a_scales is not o.a_scales or b_scales is not o.b_scales or c is not o.c:
         o = o._replace(a_scales=a_scales, b_scales=b_scales, c=c)
-    key = (
-        plan,
-        index,
-        o.a.stride(),
-        o.a_scales.stride(),
-        o.b.stride(),
-        o.b_scales.stride(),
-        o.d.stride(),
-        o.clear_padding,
-    )
-    launchers = _launchers()
-    launcher = launchers.pop(key, None) or _Launcher(plan, o)
-    launchers[key] = launcher
-    if len(launchers) > MAX_LAUNCHERS:
-        launchers.pop(next(iter(launchers)))
-    launcher(o)
+    if option is None:
+        option = problem.kind, problem.expected_m, problem.alignment, problem.column_scales, o.clear_padding
+    tensors = [x for x in (o.a, o.a_scales, o.b, o.b_scales, o.d, o.layout) if x is not None]
+    launchers = _thread.launchers_for(settings_now or config.current())
+    key = o.a.numel(), o.b.numel(), option
+    launcher = launchers.find(key, plan, tensors) or launchers.add(key, _Launcher(plan, o, option, guard(tensors)))
+    addresses = [0 if x is None else x.data_ptr() for x in (o.a, o.a_scales, o.b, o.b_scales, o.d, o.layout, o.c)]
+    launchers.last = launcher
+    launcher(*addresses)
 
 
 def prepare(tile: Tile | Strip, kind: Kind, device_index: int) -> None:
@@ -121,7 +195,7 @@ def prepare(tile: Tile | Strip, kind: Kind, device_index: int) -> None:
     if key in _prepared:
         return
     with torch.cuda.device(device_index):
-        _launchers()
+        bind_context()
         kernel_for(tile, device_index)
         prepare_transposition(device_index)  # for scales that are not laid out yet
         if kind in (Kind.K_GROUPED, Kind.K_ENDS):
@@ -132,66 +206,102 @@ def prepare(tile: Tile | Strip, kind: Kind, device_index: int) -> None:
 
 
 class _Launcher:
-    """A launch with all decided but the addresses and the stream. For one thread: it changes its arguments in place."""
+    """A launch with all decided but the addresses and the stream. For one thread: it changes its arguments in place.
 
-    def __init__(self, plan: Plan, o: Operands) -> None:
-        cuda, tile = driver(), plan.tile
-        self._replace, self._launch = cuda.cuTensorMapReplaceAddress, cuda.cuLaunchKernelEx
-        self._plan = plan
-        self._index: int = o.d.device.index
-        self._kernel = kernel_for(tile, self._index)
-        self._args, encoded = _args(cuda, plan, o)
-        self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(self._args))
-        self._parameters_address = ctypes.addressof(self._parameters)
-        self._mapped = tuple(encoded)  # the operands that have a tensor map
-        self._maps = [
-            cuda.CUtensorMap(_ptr=ctypes.addressof(self._args) + getattr(_Args, name).offset) for name in encoded
-        ]
-        self._addresses = [getattr(o, name).data_ptr() for name in encoded]
-        self._config = _launch_config(cuda, plan.ctas, tile.threads, plan.smem_bytes, plan.cluster, plan.pdl)
-        self._counters = _counters_of(tile, self._index) if plan.claims else None
-        self._report: Any = None
-        if plan.problem.kind == Kind.CONTIGUOUS and settings.get("DG_JIT_DEBUG"):
-            self._report = _small_kernel(reporting_source(), self._index)
-            self._report_config = _launch_config(cuda, 1, 1024, 0, 1, plan.pdl)
-        self._describe: Any = None
-        if plan.problem.kind in (Kind.K_GROUPED, Kind.K_ENDS):
-            self._describe = _small_kernel(describing_source(), self._index)
-            self._describe_config = _launch_config(cuda, 1, 32, 0, 1, plan.pdl)
+    fits: whether tensors are laid out as those that it was made for; fits_again: the same, False where the addresses
+    and the kernel are not all there is to it. option: as given to launch; None once it is forgotten. next: what was
+    launched after it the last time. has_others: whether there are other devices than its own, `index`.
+    """
 
-    def __call__(self, o: Operands) -> None:
-        addresses = [getattr(o, name).data_ptr() for name in self._mapped]
-        if addresses != self._addresses:
-            # Until all are replaced none is taken for known: the next call mends what an interrupt leaves.
-            before, self._addresses = self._addresses, [0] * len(addresses)
-            for tensor_map, old, new in zip(self._maps, before, addresses, strict=True):
-                if old != new:
-                    check(self._replace(tensor_map, new), "moving a tensor's description")
-            self._addresses = addresses
-        problem = self._args.problem
-        problem.b_scales = o.b_scales.data_ptr()
-        problem.d = o.d.data_ptr()
-        problem.layout = 0 if o.layout is None else o.layout.data_ptr()
-        problem.c = 0 if o.c is None else o.c.data_ptr()
-        stream = torch._C._cuda_getCurrentRawStream(self._index)  # pyright: ignore
-        if self._report is not None:
-            p = self._plan.problem
-            values = (ctypes.c_uint64(problem.layout), *(ctypes.c_uint32(x) for x in (p.m, p.groups, p.alignment)))
-            parameters = (ctypes.c_void_p * 4)(*(ctypes.addressof(value) for value in values))
-            self._queue(self._report, self._report_config, stream, ctypes.addressof(parameters))
-        if self._describe is not None:
-            maps = torch.empty(self._plan.problem.groups * 2 * MAP_BYTES, dtype=torch.uint8, device=o.d.device)
-            problem.a, problem.b, problem.maps = o.a.data_ptr(), o.b.data_ptr(), maps.data_ptr()
-            self._queue(self._describe, self._describe_config, stream)
-        if self._counters is not None:
-            problem.counter = self._counters.take(stream)
-        self._queue(self._kernel, self._config, stream)
+    def __init__(self, plan: Plan, o: Operands, option: Any, fits: Callable[..., bool]) -> None:
+        cuda, tile, kind = driver(), plan.tile, plan.problem.kind
+        self.plan, self.fits, self.option = plan, fits, option
+        self.used, self.next = False, self
+        self.index, self._device = o.d.device.index, o.d.device
+        self.has_others = torch.cuda.device_count() > 1
+        self.launch, self.success, self.kernel = (
+            cuda.cuLaunchKernelEx,
+            cuda.CUresult.CUDA_SUCCESS,
+            kernel_for(tile, self.index),
+        )
+        self._args, self.words, encoded = _args(cuda, plan, o)
+        self.numbers = self.words.cast("B").cast("I")
+        self._pointer = (ctypes.c_void_p * 1)(ctypes.addressof(self._args))
+        self.parameters = ctypes.addressof(self._pointer)
+        maps = {name: cuda.CUtensorMap(_ptr=ctypes.addressof(self._args) + _word(_Args, name) * 8) for name in encoded}
+        by_hand = all(_begins_with_address(cuda, x, self.words[_word(_Args, name) :][:16]) for name, x in maps.items())
+        self._maps = {} if by_hand else maps  # those that the driver has to move
+        self.config = _launch_config(cuda, plan.ctas, tile.threads, plan.smem_bytes, plan.cluster, plan.pdl)
+        self.current_stream = torch._C._cuda_getCurrentRawStream  # pyright: ignore
+        self.change_stream(0)
+        self.counters = _counters_of(tile, self.index) if plan.claims else None
+        self._before: Callable[[int], None] | None = None
+        if kind == Kind.CONTIGUOUS and settings.get("DG_JIT_DEBUG"):
+            self._before = self._report
+            self._small = _small_kernel(reporting_source(), self.index)
+            self._small_config = _launch_config(cuda, 1, 1024, 0, 1, plan.pdl)
+        if kind in (Kind.K_GROUPED, Kind.K_ENDS):
+            self._before = self._describe
+            self._small = _small_kernel(describing_source(), self.index)
+            self._small_config = _launch_config(cuda, 1, 32, 0, 1, plan.pdl)
+        plain = by_hand and self._before is None and not tile.column_scales
+        self.fits_again = fits if plain else _never
 
-    def _queue(self, kernel: Any, config: Any, stream: int, parameters: int = 0) -> None:
-        config.hStream = stream
-        result = self._launch(config, kernel, parameters or self._parameters_address, 0)
-        if int(result[0]):
-            check(result, f"launching {self._plan}")
+    def __call__(self, a: int, a_scales: int, b: int, b_scales: int, d: int, layout: int = 0, c: int = 0) -> None:
+        """Launches, with operands at these addresses (0: there is none).
+
+        All are written every time, so nothing that an interrupt leaves half done is ever taken for known.
+        """
+        words = self.words
+        if self._maps:
+            self._move(a=a, a_scales=a_scales, b=b, b_scales=b_scales, d=d)
+        else:
+            words[_A], words[_A_SCALES], words[_B], words[_B_SCALES], words[_D] = a, a_scales, b, b_scales, d
+        words[_P_B_SCALES], words[_P_D], words[_P_LAYOUT], words[_P_C] = b_scales, d, layout, c
+        stream = self.current_stream(self.index)
+        if stream != self.stream:
+            self.change_stream(stream)
+        if self.counters is not None:
+            self.numbers[_P_COUNTER] = self.counters.take(stream)
+        if self._before is not None:
+            words[_P_A], words[_P_B] = a, b
+            self._before(stream)
+        check(self.launch(self.config, self.kernel, self.parameters, 0), f"launching {self.plan}")
+
+    def change_stream(self, stream: int) -> None:
+        self.config.hStream = stream
+        self.stream = stream
+
+    def _move(self, **addresses: int) -> None:
+        for name, tensor_map in self._maps.items():
+            check(driver().cuTensorMapReplaceAddress(tensor_map, addresses[name]), "moving a tensor's description")
+
+    def _report(self, stream: int) -> None:
+        p, problem = self.plan.problem, self._args.problem
+        values = (ctypes.c_uint64(problem.layout), *(ctypes.c_uint32(x) for x in (p.m, p.groups, p.alignment)))
+        parameters = (ctypes.c_void_p * 4)(*(ctypes.addressof(value) for value in values))
+        self._queue_small(stream, ctypes.addressof(parameters))
+
+    def _describe(self, stream: int) -> None:
+        size = self.plan.problem.groups * 2 * MAP_BYTES
+        maps = torch.empty(size, dtype=torch.uint8, device=self._device)
+        self._args.problem.maps = maps.data_ptr()
+        self._queue_small(stream, self.parameters)
+
+    def _queue_small(self, stream: int, parameters: int) -> None:
+        self._small_config.hStream = stream
+        check(self.launch(self._small_config, self._small, parameters, 0), f"preparing for {self.plan}")
+
+
+def _begins_with_address(cuda: Any, tensor_map: Any, words: Any) -> bool:
+    """Whether all that the driver changes when it moves a tensor map is the first of its words: to the address.
+
+    Then it can be moved without a call. What else a map holds is the driver's own business.
+    """
+    rest, move = words[1:].tolist(), cuda.cuTensorMapReplaceAddress
+    return all(
+        not int(move(tensor_map, x)[0]) and words.tolist() == [x, *rest] for x in (16, 0x1FFF_FFFF_FFF0, words[0])
+    )
 
 
 def _launch_config(cuda: Any, ctas: int, threads: int, smem_bytes: int, cluster: int, pdl: bool) -> Any:
@@ -217,23 +327,81 @@ def _launch_config(cuda: Any, ctas: int, threads: int, smem_bytes: int, cluster:
     return config
 
 
-_thread = threading.local()
+class _Launchers:
+    """What a thread has launched with some settings: by sizes and option, bounded.
+
+    If there are too many, the oldest goes that has not been used again since it was last passed over.
+    """
+
+    def __init__(self, settings_now: Config | None = None) -> None:
+        self.settings = settings_now
+        self.known: dict[Any, tuple[_Launcher, ...]] = {}
+        self.last: Any = None
+
+    def find(self, key: Any, plan: Plan, tensors: list[torch.Tensor]) -> _Launcher | None:
+        for launcher in self.known.get(key, ()):
+            if launcher.plan is plan and launcher.fits(*tensors):
+                launcher.used = True
+                return launcher
+        return None
+
+    def add(self, key: Any, launcher: _Launcher) -> _Launcher:
+        alike = (launcher, *self.known.pop(key, ()))
+        self.known[key] = alike[:MAX_ALIKE]
+        self._forget(alike[MAX_ALIKE:])
+        while len(self.known) > MAX_LAUNCHERS:
+            oldest = next(iter(self.known))
+            launchers = self.known.pop(oldest)
+            if any(each.used for each in launchers):
+                self.known[oldest] = launchers
+                for each in launchers:
+                    each.used = False
+            else:
+                self._forget(launchers)
+        return launcher
+
+    def _forget(self, launchers: tuple[_Launcher, ...]) -> None:
+        for each in launchers:
+            each.option, each.next = None, each
 
 
-def _launchers() -> dict[Any, _Launcher]:
-    """This thread's launchers, the least recently used first."""
-    try:
-        return _thread.launchers
-    except AttributeError:
-        bind_context()
-        _thread.launchers = {}
-        return _thread.launchers
+class _Thread(threading.local):
+    """launchers: a thread's own, for the settings that it launched with last."""
+
+    launchers = _Launchers()
+
+    def __init__(self) -> None:
+        self._of: dict[Config, _Launchers] = {}
+
+    def launchers_for(self, settings_now: Config) -> _Launchers:
+        if self.launchers.settings is not settings_now:
+            if not self._of:
+                bind_context()
+            self._of[settings_now] = self.launchers = self._of.pop(settings_now, None) or _Launchers(settings_now)
+            if len(self._of) > MAX_SETTINGS:
+                self._of.pop(next(iter(self._of)))
+        return self.launchers
+
+
+_thread = _Thread()
 
 
 _lock = threading.Lock()
 _kernels: dict[tuple[Tile | Strip, int, bool], Any] = {}
 _small_kernels: dict[tuple[str, int], Any] = {}
 _prepared: set[tuple[Tile | Strip, Kind, int, bool]] = set()
+_counters: dict[tuple[Tile | Strip, int], _Counters] = {}
+
+
+def _forget() -> None:
+    """What a process has of its parent's is of no use to it: contexts, and locks that nobody will release."""
+    global _thread, _lock
+    _thread, _lock = _Thread(), threading.Lock()
+    for known in (_kernels, _small_kernels, _prepared, _counters):
+        known.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 class _Counters:
@@ -251,10 +419,12 @@ class _Counters:
 
     def take(self, stream: int) -> int:
         """The counter's number, 0 if none is left: then each CTA's tiles are fixed beforehand, which is slower."""
-        if torch.cuda.is_current_stream_capturing():
+        if not stream:  # the default one, which is never captured
+            unique = _DEFAULT_STREAM
+        elif torch.cuda.is_current_stream_capturing():
             return self._another()
-        # Unlike its handle, a stream's id is never that of another one, before or after.
-        unique = int(check(self._stream_id(stream), "reading a stream's id"))
+        else:  # unlike its handle, a stream's id is never that of another one, before or after
+            unique = int(check(self._stream_id(stream), "reading a stream's id"))
         number = self._of_stream.get(unique, 0)
         if not number and (number := self._another()):
             number = self._of_stream.setdefault(unique, number)
@@ -274,9 +444,6 @@ class _Counters:
                 stacklevel=2,
             )
         return 0
-
-
-_counters: dict[tuple[Tile | Strip, int], _Counters] = {}
 
 
 def _counters_of(tile: Tile | Strip, device_index: int) -> _Counters:
@@ -318,8 +485,8 @@ def _load(image: bytes, name: str, smem_bytes: int, device_index: int) -> Any:
     return cuda.CUfunction(int(kernel))
 
 
-def _args(cuda: Any, plan: Plan, o: Operands) -> tuple[_Args, list[str]]:
-    """The kernel's arguments, and the operands that it knows by a tensor map."""
+def _args(cuda: Any, plan: Plan, o: Operands) -> tuple[_Args, Any, list[str]]:
+    """The kernel's arguments, the same as words of 8 bytes, and the operands that it knows by a tensor map."""
     tile, problem = plan.tile, plan.problem
     n, k = problem.n, problem.k
     swizzles = cuda.CUtensorMapSwizzle
@@ -330,7 +497,9 @@ def _args(cuda: Any, plan: Plan, o: Operands) -> tuple[_Args, list[str]]:
     byte, float32 = types.CU_TENSOR_MAP_DATA_TYPE_UINT8, types.CU_TENSOR_MAP_DATA_TYPE_FLOAT32
     bf16 = types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
     memory = ctypes.create_string_buffer(ctypes.sizeof(_Args) + 127)
-    args = _Args.from_buffer(memory, -ctypes.addressof(memory) % 128)  # a tensor map asks for 64, newer ones for 128
+    start = -ctypes.addressof(memory) % 128  # a tensor map asks for 64, newer ones for 128
+    args = _Args.from_buffer(memory, start)
+    words = memoryview(memory).cast("B")[start : start + ctypes.sizeof(_Args)].cast("Q")
     rows, scale_rows = box_rows(tile, problem), min(tile.block_m, align(problem.m, 4))
     # Grouped along K, every group's a and b are matrices: these maps are what theirs are made from.
     a, b = (x if x.dim() > 1 else x[: size * k].view(size, k) for x, size in ((o.a, problem.m), (o.b, n)))
@@ -367,7 +536,7 @@ def _args(cuda: Any, plan: Plan, o: Operands) -> tuple[_Args, list[str]]:
         d_stride_g=o.d.stride(0) if o.d.dim() == 3 else 0,
         d_stride_m=o.d.stride(-2),
     )
-    return args, encoded
+    return args, words, encoded
 
 
 def mn_major(scales: torch.Tensor) -> torch.Tensor:

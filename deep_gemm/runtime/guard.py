@@ -1,0 +1,43 @@
+"""Whether tensors are like others that came before, in all but where they lie: one comparison for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+modes_at_work: Callable[[], int] = torch._C._len_torch_dispatch_stack  # pyright: ignore
+
+
+def guard(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    """A function of as many objects, which tells whether each is like the tensor in its place.
+
+    Alike are type, dtype, device, shape and strides, layout, whether a view negates its memory, and whether gradients
+    are wanted; and PyTorch must handle both in one way: no mode watches now that did not then. What is no tensor may
+    raise TypeError. The tensors are not kept.
+
+    The guards of torch.compile compare so, in C++, in a fraction of the time; they are not a public interface.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards  # pyright: ignore
+    except ImportError:
+        wanted = described(tensors)
+        return lambda *others: described(others) == wanted
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+
+def described(tensors: Sequence[Any]) -> list[Any]:
+    """What guard compares, without those of torch.compile."""
+    modes = modes_at_work()
+    return [
+        (type(x), x.dtype, x.device, x.shape, x.stride(), x.layout, x.is_neg(), x.requires_grad, modes) for x in tensors
+    ]
+
+
+def watched(x: object) -> bool:
+    """Whether PyTorch wants to see operators: a mode traces or counts, or x is of a class that stands for something."""
+    return modes_at_work() > 0 or getattr(type(x), "__torch_dispatch__", _NONE) is not _NONE
+
+
+_NONE: Any = torch._C._disabled_torch_dispatch_impl  # pyright: ignore
