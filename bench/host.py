@@ -61,6 +61,7 @@ def ours() -> dict[str, Case]:
     layout = [torch.arange(GROUPS * 128, device="cuda").div(128, rounding_mode="floor").int() for _ in groups]
     masked = list(zip(rows, weights, d, counts, [100] * SETS, strict=True))
     contiguous = [(a, b, x.view(-1, small[0]), y) for a, b, x, y in zip(flat, weights, d, layout, strict=True)]
+    rows16 = torch.randn(SETS, 128, K, device="cuda").bfloat16()
     sizes = f"{GROUPS}x128x{small[0]}x{small[1]}"
     name = f"deep_gemm.fp8_gemm_nt 128x{N}x{K}"
     calls: dict[str, Case] = {
@@ -68,6 +69,7 @@ def ours() -> dict[str, Case]:
         f"deep_gemm.fp8_gemm_nt, changing M, {N}x{K}": (deep_gemm.fp8_gemm_nt, changing),
         f"deep_gemm.m_grouped_fp8_gemm_nt_contiguous {sizes}": (deep_gemm.m_grouped_fp8_gemm_nt_contiguous, contiguous),
         f"deep_gemm.m_grouped_fp8_gemm_nt_masked {sizes}": (deep_gemm.m_grouped_fp8_gemm_nt_masked, masked),
+        f"deep_gemm.per_token_cast_to_fp8 128x{K}": (deep_gemm.per_token_cast_to_fp8, [(x,) for x in rows16]),
         f"torch.ops.deep_gemm.fp8_gemm_nt 128x{N}x{K}": (
             torch.ops.deep_gemm.fp8_gemm_nt,
             [(*a, *b) for a, b, _ in same],

@@ -27,7 +27,7 @@ from .plan import (
 )
 from .problem import Kind, Problem, Problems, check_shape
 from .recorded import Record
-from .runtime import transpose
+from .runtime import quantization, transpose
 from .runtime.compiler import Source
 from .runtime.device import MODELS, Device
 
@@ -36,7 +36,7 @@ MOST_MS = (1, 16384)
 MOST_COUNTS = 2**20  # numbers of rows that are gone through
 _BLOCK = 512  # problems that are planned together
 _LARGE = 2**30  # enough for every tile
-_LAYOUT = "layout"
+_LAYOUT, _QUANTIZE = "layout", "quantize"
 _KINDS = {
     "dense": Kind.DENSE,
     "contiguous": Kind.CONTIGUOUS,
@@ -51,7 +51,10 @@ KINDS = tuple(_KINDS)
 class Kernel:
     """One that is compiled on its own.
 
-    tile: what it multiplies by; None for a small one beside those. debug: as in a process with DG_JIT_DEBUG=1.
+    Attributes:
+        base: its name, but for debug.
+        tile: what it multiplies by; None for a small one beside those.
+        debug: as in a process with DG_JIT_DEBUG=1.
     """
 
     base: str
@@ -60,21 +63,23 @@ class Kernel:
 
     @property
     def name(self) -> str:
+        """What it is called in the cache, by profilers and `deep-gemm compile --list`."""
         return kernel_name(self.base, self.debug) if self.tile else self.base
 
     @property
     def work(self) -> int:
-        """About how long it takes to compile, beside others (docs/facts.md, the tool chain)."""
+        """About how long it takes to compile, beside others; without a unit (docs/facts.md, the tool chain)."""
         tile = self.tile
         if tile is None:
-            return 200
+            return 1500 if self.base == _QUANTIZE else 200
         return 300 + (tile.width * tile.unroll if isinstance(tile, Strip) else tile.block_n * tile.unroll * tile.ranges)
 
     def source(self) -> Source:
         """Its text, ready to be compiled."""
         if self.tile:
             return self.tile.source(DEBUG_WAIT_SECONDS if self.debug else 0)
-        return {_LAYOUT: transpose.source, DESCRIBE: describing_source, REPORT: reporting_source}[self.base]()
+        small = {_LAYOUT: transpose.source, _QUANTIZE: quantization.source}
+        return (small | {DESCRIBE: describing_source, REPORT: reporting_source})[self.base]()
 
 
 @dataclass(frozen=True)
@@ -116,17 +121,19 @@ def kernels_for(
     left by what is given. Pure and deterministic.
 
     Args:
-        layers: pairs (N, K), of all kinds; or Layers, which say more. None: all there can be. Of grouped kinds whose
+        layers: pairs (N, K), of all kinds; or `Layer`s, which say more. None: all there can be. Of grouped kinds whose
             groups are not known, and of ranges that are too long to go through, all that is legal is listed.
-        kinds: those of KINDS that are meant.
-        ms: the least and the most of M (masked: of expected_m) of pairs and of what has no layers; (1, 16384) for
-            pairs, else any. A Layer has its own kind and ms.
-        num_sms, tc_util, block_size_multiple_of: as given to the functions set_...; None: all SMs.
-        alignment: as set by set_mk_alignment_for_contiguous_layout; None: 128 for layers, else any.
-        gpus: names of runtime.device.MODELS, or Devices.
+        kinds: those that are meant: dense, contiguous, psum (contiguous by running ends), masked, weight_gradients.
+        ms: the least and the most of M (masked: of expected_m) of pairs and of what has no layers; None: (1, 16384) for
+            pairs, else any. A `Layer` has its own kind and ms.
+        num_sms, tc_util, block_size_multiple_of: as given to `set_num_sms`, `set_tc_util` and
+            `set_block_size_multiple_of`; None: all SMs.
+        alignment: as set by `set_mk_alignment_for_contiguous_layout`; None: 128 for layers, else any.
+        gpus: names, h100 and h200 among them, or what `runtime.device.MODELS` has for them.
         debug: the kernels of a process with DG_JIT_DEBUG=1.
 
-    With set_pdl and set_batch_invariant on and off. Raises: InvalidInputError.
+    Returns: those needed with `set_pdl` and `set_batch_invariant` on and off, always in one order.
+    Raises: InvalidInputError for kinds, sizes and GPUs that there are not.
     """
     block_m, block_n = block_size(block_size_multiple_of)
     config = Config(num_sms=num_sms, tc_util=percent(tc_util), block_m=block_m, block_n=block_n)
@@ -176,13 +183,13 @@ def kernel_named(name: str) -> Kernel:
 def every_kernel(debug: bool = False) -> tuple[Kernel, ...]:
     """All that there are, those for set_block_size_multiple_of as well."""
     multiplying = (*kernels(), *kernels(True), *spare_tiles())
-    small = (Kernel(_LAYOUT), Kernel(DESCRIBE), *([Kernel(REPORT)] if debug else []))
+    small = (Kernel(_LAYOUT), Kernel(_QUANTIZE), Kernel(DESCRIBE), *([Kernel(REPORT)] if debug else []))
     return (*(Kernel(tile.name, tile, debug) for tile in multiplying), *small)
 
 
 def _listed(found: set[Tile | Strip], debug: bool) -> tuple[Kernel, ...]:
     """In one order, with the small kernels: groups along K, which have column scales, are described by one."""
-    needed = {_LAYOUT, REPORT, *([DESCRIBE] if any(tile.column_scales for tile in found) else [])}
+    needed = {_LAYOUT, _QUANTIZE, REPORT, *([DESCRIBE] if any(tile.column_scales for tile in found) else [])}
     return tuple(x for x in every_kernel(debug) if (x.tile in found if x.tile else x.base in needed))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, wraps
@@ -88,7 +87,7 @@ def fp8_gemm_nt(
         plain = c is None and recipe is None and recipe_a is None and recipe_b is None and compiled_dims == "nk"
         if plain and again(a, b, d):
             return
-        if not _watched(d):
+        if not watched(d):
             column_scales = problem.check_options(c, recipe, recipe_a, recipe_b, compiled_dims)
             return _run(*problem.dense(a, b, d, c, column_scales), option=None if column_scales else 0)
     _traced("fp8_gemm_nt", a, b, d, c, recipe, recipe_a, recipe_b)
@@ -106,7 +105,7 @@ def fp8_gemm_nn(
     disable_ue8m0_cast: bool = False,
 ) -> None:
     """d = a @ b: `fp8_gemm_nt` with b [K, N] and scales [ceil(K / 128), ceil(N / 128)], views of K-major memory."""
-    if is_dynamo_compiling() or _watched(d):
+    if is_dynamo_compiling() or watched(d):
         return _traced("fp8_gemm_nn", a, b, d, c, recipe, recipe_a, recipe_b)
     with _swapped("b"):
         fp8_gemm_nt(a, _transposed(b), d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
@@ -124,7 +123,7 @@ def fp8_gemm_tn(
     disable_ue8m0_cast: bool = False,
 ) -> None:
     """d = a.T @ b: `fp8_gemm_nt` with a [K, M], b [K, N] and their scales, views of K-major memory."""
-    if is_dynamo_compiling() or _watched(d):
+    if is_dynamo_compiling() or watched(d):
         return _traced("fp8_gemm_tn", a, b, d, c, recipe, recipe_a, recipe_b)
     with _swapped("a and b"):
         fp8_gemm_nt(_transposed(a), _transposed(b), d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
@@ -142,14 +141,22 @@ def fp8_gemm_tt(
     disable_ue8m0_cast: bool = False,
 ) -> None:
     """d = a.T @ b.T: `fp8_gemm_nt` with a [K, M] and its scales, views of K-major memory."""
-    if is_dynamo_compiling() or _watched(d):
+    if is_dynamo_compiling() or watched(d):
         return _traced("fp8_gemm_tt", a, b, d, c, recipe, recipe_a, recipe_b)
     with _swapped("a"):
         fp8_gemm_nt(_transposed(a), b, d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
 
 
 def gemm_fp8_fp8_bf16_nt(lhs: Pair, rhs: Pair, out: torch.Tensor) -> None:
-    """`fp8_gemm_nt` under the name of DeepGEMM's first release."""
+    """`fp8_gemm_nt` under the name of DeepGEMM's first release.
+
+    Args:
+        lhs: its a, (values E4M3 [M, K], scales FP32 [M, ceil(K / 128)]).
+        rhs: its b, (values E4M3 [N, K], scales FP32 [ceil(N / 128), ceil(K / 128)]).
+        out: its d, BF16 [M, N].
+
+    Raises: as `fp8_gemm_nt`.
+    """
     fp8_gemm_nt(lhs, rhs, out)
 
 
@@ -196,7 +203,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
         by_row = use_psum_layout is False and expected is None
         if plain and by_row and again(a, b, d, grouped_layout, option):
             return
-        if not _watched(d):
+        if not watched(d):
             problem.check_options(None, recipe, recipe_a, recipe_b, compiled_dims, dense=False)
             checked = problem.contiguous(
                 a, b, d, grouped_layout, use_psum_layout, alignment, expected, ensure_zero_padding
@@ -221,7 +228,7 @@ def m_grouped_fp8_gemm_nn_contiguous(
     ensure_zero_padding: bool = True,
 ) -> None:
     """`m_grouped_fp8_gemm_nt_contiguous` with b [G, K, N] and its scales, views of K-major memory."""
-    if is_dynamo_compiling() or _watched(d):
+    if is_dynamo_compiling() or watched(d):
         rest = grouped_layout, recipe, recipe_a, recipe_b, bool(use_psum_layout), bool(ensure_zero_padding)
         return _traced("m_grouped_fp8_gemm_nn_contiguous", a, b, d, *rest)
     with _swapped("b"):
@@ -262,7 +269,7 @@ def m_grouped_fp8_gemm_nt_masked(
         plain = recipe is None and recipe_a is None and recipe_b is None and compiled_dims == "nk"
         if plain and type(expected_m) is int and again(a, b, d, masked_m, expected_m):
             return
-        if not _watched(d):
+        if not watched(d):
             problem.check_options(None, recipe, recipe_a, recipe_b, compiled_dims, dense=False)
             return _run(*problem.masked(a, b, d, masked_m, expected_m), option=expected_m)
     _traced("m_grouped_fp8_gemm_nt_masked", a, b, d, masked_m, expected_m, recipe, recipe_a, recipe_b)
@@ -298,7 +305,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
 
     Raises: as `fp8_gemm_nt`.
     """
-    if is_dynamo_compiling() or _watched(d):
+    if is_dynamo_compiling() or watched(d):
         rest = ks_cpu, grouped_layout, c, recipe, bool(use_psum_layout)
         return _traced("k_grouped_fp8_gemm_nt_contiguous", a, b, d, *rest)
     problem.check_k_grouped_options(recipe, compiled_dims)
@@ -320,30 +327,6 @@ def _swapped(names: str) -> Generator[None]:
         yield
     except InvalidInputError as error:
         raise InvalidInputError(f"{error} (here the last two dimensions of {names} are swapped)") from None
-
-
-class _Thread(threading.local):
-    """within: whether an operator is at work, of which nobody wants to see a second one."""
-
-    within = False
-
-
-_thread = _Thread()
-
-
-def _watched(d: Any) -> bool:
-    """Whether a call is to become an operator (operators.py), and is none yet."""
-    return watched(d) and not _thread.within
-
-
-@contextmanager
-def unwatched() -> Generator[None]:
-    """For what is already an operator."""
-    before, _thread.within = _thread.within, True
-    try:
-        yield
-    finally:
-        _thread.within = before
 
 
 def _traced(name: str, a: Pair, b: Pair, d: torch.Tensor, *options: Any) -> None:

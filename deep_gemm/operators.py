@@ -1,22 +1,24 @@
-"""The multiplications as operators of PyTorch, torch.ops.deep_gemm: for torch.compile, torch.export and modes.
+"""Multiplications and casts as operators of PyTorch, torch.ops.deep_gemm: for torch.compile, torch.export and modes.
 
-Each is there twice: `name` returns a new d, `name.out` writes into the d that it is given; both call the function of
-that name in gemm.py, and take its arguments with the pairs taken apart: a, a_scales, b, b_scales. What of a d that it
-made is not written (rows of groups that are not real) holds anything. Nobody has to call them: what PyTorch traces or
-watches goes through them by itself (`gemm._traced`).
+Each multiplication is there twice: `name` returns a new d, `name.out` writes into the d that it is given; both call the
+function of that name, and take its arguments with the pairs taken apart: a, a_scales, b, b_scales. What of a d that it
+made is not written (rows of groups that are not real) holds anything. Nobody has to call them: a function that PyTorch
+traces or watches becomes its operator.
 
 Source: https://docs.pytorch.org/docs/stable/library.html
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import gemm, problem
+from . import gemm, problem, quantize
+from .runtime.guard import unwatched
 
 NAMESPACE = "deep_gemm"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -38,6 +40,12 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> No
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
+def _names(schema: str) -> list[str]:
+    """Of an operator's arguments."""
+    parsed = torch._C.parse_schema(schema)  # pyright: ignore
+    return [argument.name for argument in parsed.arguments]
+
+
 def _multiplication(
     call: Callable[..., None],
     arguments: str,
@@ -50,15 +58,14 @@ def _multiplication(
     """
     name = call.__name__
     schema = f"{name}({_PAIRS}, {arguments}"
-    parsed = torch._C.parse_schema(f"{schema}) -> Tensor")  # pyright: ignore
-    names = [argument.name for argument in parsed.arguments]
+    names = _names(f"{schema}) -> Tensor")
 
     def given(args: tuple[Any, ...], keywords: Options) -> Options:
         return dict(zip(names, args, strict=False)) | keywords
 
     def run(options: Options, d: torch.Tensor) -> None:
         a, a_scales, b, b_scales = (options.pop(each) for each in names[:4])
-        with gemm.unwatched():
+        with unwatched():
             call((a, a_scales), (b, b_scales), d, **options)
 
     def made(*args: Any, **keywords: Any) -> torch.Tensor:
@@ -133,6 +140,31 @@ def _k_grouped() -> None:
     _multiplication(gemm.k_grouped_fp8_gemm_nt_contiguous, f"{arguments}, bool use_psum_layout=False", result, flop)
 
 
+def _cast(call: Callable[..., Any], arguments: str, outputs: Callable[..., Any]) -> None:
+    """Registers `call` of quantize.py. outputs: makes what it returns, not set, of the arguments that matter."""
+    schema = f"{call.__name__}(Tensor x, {arguments}) -> (Tensor, Tensor)"
+    names, matter = _names(schema), inspect.signature(outputs).parameters
+
+    def run(*args: Any, **keywords: Any) -> Any:
+        with unwatched():
+            return call(*args, **keywords)
+
+    def fake(*args: Any, **keywords: Any) -> Any:
+        options = dict(zip(names, args, strict=False)) | keywords
+        return outputs(**{name: value for name, value in options.items() if name in matter})
+
+    define(schema, run, fake)
+
+
+_POWERS = "bool use_ue8m0=False"
+_GRANULARITY = f"{_POWERS}, int gran_k=128"
+_PACKED = "bool use_packed_ue8m0=False"
+_cast(quantize.per_token_cast_to_fp8, f"{_GRANULARITY}, {_PACKED}", quantize.outputs_of_per_token)
+_cast(quantize.per_block_cast_to_fp8, _GRANULARITY, quantize.outputs_of_per_block)
+_cast(quantize.per_channel_cast_to_fp8, _GRANULARITY, quantize.outputs_of_per_channel)
+_cast(quantize.swiglu_cast_to_fp8, f"{_POWERS}, Tensor? masked_m=None", quantize.outputs_of_swiglu)
+_GROUPS = "Tensor? starts=None, Tensor? sizes=None"
+_cast(quantize.transposed_cast_of_groups, f"{_GROUPS}, {_POWERS}", quantize.outputs_of_groups)
 for _form in ("nt", "nn", "tn", "tt"):
     _dense(_form)
 _contiguous("nt", ", SymInt? expected_m_for_psum_layout=None")

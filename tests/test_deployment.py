@@ -65,10 +65,10 @@ def random_config(rng: random.Random, device: Device) -> Config:
 
 def test_how_many_there_are():
     every = kernels_for()
-    assert len(every) == 43
+    assert len(every) == 44
     assert tiles_of(every) == {*kernels(), *kernels(True)}
-    assert [kernel.name for kernel in every if not kernel.tile] == ["layout", "describe"]
-    assert len({kernel.name for kernel in every}) == len({kernel.source() for kernel in every}) == 43
+    assert [kernel.name for kernel in every if not kernel.tile] == ["layout", "quantize", "describe"]
+    assert len({kernel.name for kernel in every}) == len({kernel.source() for kernel in every}) == 44
     assert deep_gemm.kernels_for is kernels_for
 
 
@@ -168,7 +168,7 @@ def test_pairs_are_of_all_kinds_unless_some_are_named():
     assert kernels_for([pair], kinds=["dense"]) == kernels_for([Layer("dense", *pair)])
     assert tiles_of(kernels_for([pair])) > {*tiles(True)}
     assert tiles_of(kernels_for([pair], kinds=["masked"])) == {*tiles()}  # of any number of groups
-    assert [kernel.name for kernel in kernels_for([])] == ["layout"]
+    assert [kernel.name for kernel in kernels_for([])] == ["layout", "quantize"]
 
 
 @pytest.mark.parametrize(
@@ -238,18 +238,18 @@ def test_kernels_of_records():
         for pdl in (False, True)
         for invariant in (False, True)
     }
-    assert tiles_of(found) == want and len(found) == len(want) + 1
+    assert tiles_of(found) == want and len(found) == len(want) + 2
     along_k = Problem(2048, 768, 4096 * 8, Kind.K_GROUPED, 8, column_scales=True)
-    assert [kernel.name for kernel in kernels_of_records([Record(along_k, H200, Config())])][-2:] == [
-        "layout", "describe",
+    assert [kernel.name for kernel in kernels_of_records([Record(along_k, H200, Config())])][-3:] == [
+        "layout", "quantize", "describe",
     ]  # fmt: skip
-    assert [kernel.name for kernel in kernels_of_records([])] == ["layout"]
+    assert [kernel.name for kernel in kernels_of_records([])] == ["layout", "quantize"]
 
 
 def test_kernels_of_debug_mode():
     """Have names and texts of their own, and one more of them reports."""
     release, debug = kernels_for(), kernels_for(debug=True)
-    assert [kernel.name for kernel in debug if not kernel.tile] == ["layout", "describe", "report"]
+    assert [kernel.name for kernel in debug if not kernel.tile] == ["layout", "quantize", "describe", "report"]
     assert all(kernel.name.endswith(" debug") for kernel in debug if kernel.tile)
     assert not {kernel.source() for kernel in release if kernel.tile} & {kernel.source() for kernel in debug}
 

@@ -15,7 +15,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import deep_gemm
-from deep_gemm import gemm
+from deep_gemm import gemm, quantize
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -112,6 +112,65 @@ def fp8_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         return theirs(x, y, **tolerance)
 
     monkeypatch.setattr(torch, "allclose", allclose)
+
+
+CASTS: dict[str, tuple[Any, ...]] = {
+    "per_token_cast_to_fp8": (True,),
+    "per_block_cast_to_fp8": (False, 64),
+    "per_channel_cast_to_fp8": (),
+    "swiglu_cast_to_fp8": (False,),
+    "transposed_cast_of_groups": (),
+}
+each_cast = pytest.mark.parametrize("name", CASTS)
+
+
+def cast_case(name: str, device: str) -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
+    """A cast, its operator, and what both take."""
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    return getattr(quantize, name), getattr(torch.ops.deep_gemm, name), (x, *CASTS[name])
+
+
+def equal(got: Any, want: Any) -> bool:
+    """Values, which are FP8, and scales, in the same order of memory."""
+    (values, scales), (other, other_scales) = got, want
+    same = torch.equal(values.view(torch.uint8), other.view(torch.uint8)) and torch.equal(scales, other_scales)
+    return same and (values.stride(), scales.stride()) == (other.stride(), other_scales.stride())
+
+
+@each_device
+@each_cast
+def test_casts_are_operators(name: str, device: str) -> None:
+    cast, operator, args = cast_case(name, device)
+    want = cast(*args)
+    assert equal(operator(*args), want)
+    opcheck(operator.default, args)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, *rest: cast(x * 1, *rest), fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager"
+    )
+    assert equal(compiled(*args), want)
+    graph = make_fx(lambda x: cast(x, *args[1:]))(args[0])
+    assert f"deep_gemm.{name}.default" in str(graph.graph) and equal(graph(args[0]), want)
+
+
+@each_cast
+def test_casts_have_no_gradients(name: str) -> None:
+    cast, _, (x, *rest) = cast_case(name, "cpu")
+    x.requires_grad_()
+    compiled = torch.compile(lambda x: cast(x, *rest), fullgraph=True, backend="aot_eager")
+    for values, scales in (cast(x, *rest), compiled(x)):
+        assert not values.requires_grad and not scales.requires_grad
+
+
+def test_masked_casts_compile() -> None:
+    x, counts = torch.randn(3, 8, 256), torch.tensor([0, 8, 3], dtype=torch.int32)
+
+    def cast(x: torch.Tensor, counts: torch.Tensor) -> Any:
+        return deep_gemm.swiglu_cast_to_fp8(x, masked_m=counts)
+
+    got, want = torch.compile(cast, fullgraph=True, backend="aot_eager")(x, counts), cast(x, counts)
+    for group, count in enumerate(counts.tolist()):
+        assert equal([y[group, :count] for y in got], [y[group, :count] for y in want])
 
 
 def test_every_multiplication_is_an_operator():

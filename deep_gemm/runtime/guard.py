@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,9 +37,31 @@ def described(tensors: Sequence[Any]) -> list[Any]:
     ]
 
 
-def watched(x: object) -> bool:
-    """Whether PyTorch wants to see operators: a mode traces or counts, or x is of a class that stands for something."""
-    return modes_at_work() > 0 or getattr(type(x), "__torch_dispatch__", _NONE) is not _NONE
+class _Thread(threading.local):
+    """within: whether an operator of ours is at work, of which nobody wants to see a second one."""
+
+    within = False
 
 
+_thread = _Thread()
 _NONE: Any = torch._C._disabled_torch_dispatch_impl  # pyright: ignore
+
+
+def watched(x: object) -> bool:
+    """Whether a call is to become an operator (operators.py) and is none yet: for PyTorch wants to see operators.
+
+    Where a mode traces or counts, or x is of a class that stands for something.
+    """
+    if not modes_at_work() and getattr(type(x), "__torch_dispatch__", _NONE) is _NONE:
+        return False
+    return not _thread.within
+
+
+@contextmanager
+def unwatched() -> Generator[None]:
+    """For what is already an operator."""
+    before, _thread.within = _thread.within, True
+    try:
+        yield
+    finally:
+        _thread.within = before
