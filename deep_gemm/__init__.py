@@ -5,7 +5,8 @@ Importing this package reads no environment, finds no compiler and needs no GPU.
 
 __version__ = "0.1.0"
 
-from . import operators, testing, utils
+from . import functional, nn, testing, utils
+from . import operators as operators  # which registers them
 from .compat import (
     bf16_gemm_nn,
     bf16_gemm_nt,
@@ -93,6 +94,7 @@ from .quantize import (
     per_channel_cast_to_fp8,
     per_token_cast_back,
     per_token_cast_to_fp8,
+    swiglu_cast_to_fp8,
 )
 from .testing.numeric import calc_diff
 
@@ -128,6 +130,7 @@ __all__ = [
     "fp8_m_grouped_gemm_nt_masked",
     "fp8_mqa_logits",
     "fp8_paged_mqa_logits",
+    "functional",
     "gemm_fp8_fp8_bf16_nt",
     "get_batch_invariant",
     "get_col_major_tma_aligned_tensor",
@@ -160,6 +163,7 @@ __all__ = [
     "m_grouped_fp8_gemm_nt_masked",
     "m_grouped_gemm_fp8_fp8_bf16_nt_contiguous",
     "m_grouped_gemm_fp8_fp8_bf16_nt_masked",
+    "nn",
     "pack_ue8m0_to_int",
     "per_block_cast_back",
     "per_block_cast_to_fp8",
@@ -175,6 +179,7 @@ __all__ = [
     "set_num_sms",
     "set_pdl",
     "set_tc_util",
+    "swiglu_cast_to_fp8",
     "testing",
     "tf32_hc_prenorm_gemm",
     "transform_sf_into_required_layout",

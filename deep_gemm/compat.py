@@ -21,14 +21,32 @@ from .problem import Pair
 
 
 def m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(lhs: Pair, rhs: Pair, out: torch.Tensor, m_indices: torch.Tensor) -> None:
-    """`m_grouped_fp8_gemm_nt_contiguous` under the name of DeepGEMM's first release."""
+    """`m_grouped_fp8_gemm_nt_contiguous` under the name of DeepGEMM's first release.
+
+    Args:
+        lhs: its a, (values E4M3 [M, K], scales FP32 [M, ceil(K / 128)]).
+        rhs: its b, (values E4M3 [G, N, K], scales FP32 [G, ceil(N / 128), ceil(K / 128)]).
+        out: its d, BF16 [M, N].
+        m_indices: its grouped_layout, int32 [M].
+
+    Raises: as `m_grouped_fp8_gemm_nt_contiguous`.
+    """
     m_grouped_fp8_gemm_nt_contiguous(lhs, rhs, out, m_indices)
 
 
 def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
     lhs: Pair, rhs: Pair, out: torch.Tensor, masked_m: torch.Tensor, expected_m: int
 ) -> None:
-    """`m_grouped_fp8_gemm_nt_masked` under the name of DeepGEMM's first release."""
+    """`m_grouped_fp8_gemm_nt_masked` under the name of DeepGEMM's first release.
+
+    Args:
+        lhs: its a, (values E4M3 [G, max_m, K], scales FP32 [G, max_m, ceil(K / 128)]).
+        rhs: its b, (values E4M3 [G, N, K], scales FP32 [G, ceil(N / 128), ceil(K / 128)]).
+        out: its d, BF16 [G, max_m, N].
+        masked_m, expected_m: as they are there, int32 [G] and a hint.
+
+    Raises: as `m_grouped_fp8_gemm_nt_masked`.
+    """
     m_grouped_fp8_gemm_nt_masked(lhs, rhs, out, masked_m, expected_m)
 
 

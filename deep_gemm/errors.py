@@ -24,8 +24,10 @@ class MissingDependencyError(DeepGemmError, ImportError):
 class CompileError(DeepGemmError, RuntimeError):
     """A kernel that does not compile, or compiled in a way that was ruled out (DG_JIT_PTXAS_CHECK).
 
-    log: all that the compiler said. options: what it was called with. source_path: where the source was kept, if it
-    could be.
+    Attributes:
+        log: all that the compiler said.
+        options: what it was called with.
+        source_path: where the source was kept, if it could be.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class CompileError(DeepGemmError, RuntimeError):
 class MissingKernelError(DeepGemmError, RuntimeError):
     """A kernel that would have to be compiled while DG_JIT_STRICT rules that out.
 
-    kernel: its name. command: what compiles it.
+    Attributes:
+        kernel: its name.
+        command: what compiles it.
     """
 
     def __init__(self, message: str, *, kernel: str = "", command: str = "") -> None:
@@ -50,7 +54,12 @@ class MissingKernelError(DeepGemmError, RuntimeError):
 
 
 class LaunchError(DeepGemmError, RuntimeError):
-    """A call of the CUDA driver that failed. code: the CUresult. name: its name, such as CUDA_ERROR_INVALID_VALUE."""
+    """A call of the CUDA driver that failed.
+
+    Attributes:
+        code: the CUresult.
+        name: its name, such as CUDA_ERROR_INVALID_VALUE.
+    """
 
     def __init__(self, message: str, *, code: int = 0, name: str = "") -> None:
         super().__init__(message)

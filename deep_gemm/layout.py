@@ -35,9 +35,10 @@ def align(x: int, y: int) -> int:
 
 
 def get_tma_aligned_size(mn: int, element_bytes: int) -> int:
-    """mn elements, rounded up so that rows of that many elements are multiples of 16 bytes.
+    """mn elements of element_bytes each, rounded up so that rows of that many elements are multiples of 16 bytes.
 
     Raises: InvalidInputError for a negative mn, or elements that do not fill 16 bytes evenly.
+    Source: the strides of cuTensorMapEncodeTiled, CUDA driver API.
     """
     if element_bytes not in (1, 2, 4, 8, 16):
         raise InvalidInputError(
@@ -49,9 +50,12 @@ def get_tma_aligned_size(mn: int, element_bytes: int) -> int:
 def get_mn_major_tma_aligned_tensor(x: torch.Tensor) -> torch.Tensor:
     """The same values in the order that the kernel reads scales in.
 
-    x: [mn, k] or [G, mn, k] FP32, any strides. Result: the same shape, stride(-2) == 1, stride(-1) == align(mn, 4),
-    groups one behind the other, base on 16 bytes: x itself where it is so already, else a new tensor (padding not set),
-    written on the current stream of x's device.
+    Args:
+        x: FP32 [mn, k] or [G, mn, k], any strides; k counts scales.
+
+    Returns: FP32 of the same shape, stride(-2) == 1, stride(-1) == align(mn, 4), groups one behind the other, base on
+    16 bytes: x itself where it is so already, else a new tensor (padding not set), written on the current stream of x's
+    device.
     Raises: InvalidInputError for another dtype or number of dimensions.
     """
     _check_scales(x)
@@ -78,12 +82,17 @@ def transform_sf_into_required_layout(
 ) -> torch.Tensor:
     """Scales as the GEMMs of this GPU want them; on Hopper they stay FP32, powers of two (UE8M0) or not.
 
-    sf: [mn / 1, k / 128] or [mn / 128, k / 128] FP32, rounded up, with [num_groups] before them unless that is None.
-    recipe: the granularity, (along mn, along k), or (along m, along n, along k) of a GEMM; then is_sfa says whether sf
-    belongs to a (m) or b (n).
-    Result: of granularity (1, 128) as `get_mn_major_tma_aligned_tensor` makes it, of (128, 128) sf itself.
-    disable_ue8m0_cast: without effect, for nothing is cast on Hopper.
-    Raises: InvalidInputError.
+    Args:
+        sf: FP32 [mn, ceil(k / 128)] or [ceil(mn / 128), ceil(k / 128)], with num_groups before them unless that is
+            None; any strides.
+        mn, k: rows and columns of the values that sf belongs to.
+        recipe: elements that share a scale, (along mn, along k), or (along m, along n, along k) of a GEMM.
+        num_groups: of grouped operands; None: of dense ones.
+        is_sfa: with three elements of recipe, whether sf belongs to a (m) or b (n); None where m and n are alike.
+        disable_ue8m0_cast: without effect, for nothing is cast on Hopper.
+
+    Returns: with one scale per (1, 128) what `get_mn_major_tma_aligned_tensor` makes of it, per (128, 128) sf itself.
+    Raises: InvalidInputError for another dtype, shape or recipe.
     """
     if getattr(sf, "dtype", None) == torch.int32:
         raise InvalidInputError(
@@ -142,7 +151,7 @@ _mk_alignment = 128
 
 
 def set_mk_alignment_for_contiguous_layout(alignment: int) -> None:
-    """Sets how many rows (of K in k-grouped GEMMs) the groups of contiguous layouts are padded to a multiple of.
+    """Groups of contiguous layouts are padded to a multiple of `alignment` rows (columns of K in k-grouped GEMMs).
 
     Raises: InvalidInputError unless it is a multiple of 64 from 64 to 65536.
     """

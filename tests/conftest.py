@@ -47,16 +47,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
     tests: dict[str, Counter[str]] = {}
     fuzzed = {"minutes_of_each_seed": config.getoption("--fuzz-minutes"), "cases": 0}
+    figures: dict[str, dict[str, object]] = {}
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.getreports(outcome):
             if outcome != "passed" or report.when == "call":
                 tests.setdefault(report.nodeid.partition("[")[0], Counter())[outcome] += 1
-                fuzzed["cases"] += dict(report.user_properties).get("cases", 0)
+                told = dict(report.user_properties)
+                fuzzed["cases"] += told.pop("cases", 0)
+                if told:
+                    figures[report.nodeid] = told
     strict = bool(config.getoption("--strict-kernels"))
     now, gpu = datetime.now(timezone.utc), machine()
     total = sum(tests.values(), Counter())
     about = {"time": now.isoformat(timespec="seconds"), **commit(), "machine": gpu, "versions": versions()}
-    about |= {"strict_kernels": strict, "total": total, "fuzzed": fuzzed, "tests": dict(sorted(tests.items()))}
+    about |= {"strict_kernels": strict, "total": total, "fuzzed": fuzzed, "figures": figures}
+    about |= {"tests": dict(sorted(tests.items()))}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{now.date()}-{slug(gpu['gpu'])}.json"
     path.write_text(json.dumps(about, indent=1) + "\n")

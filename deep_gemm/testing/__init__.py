@@ -1,4 +1,4 @@
-"""Names that clients import from deep_gemm.testing. No logic."""
+"""How long calls take, and figures to print beside a result: names that clients import from deep_gemm.testing."""
 
 from .bench import bench, bench_kineto
 from .numeric import calc_diff, count_bytes

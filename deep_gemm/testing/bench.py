@@ -21,8 +21,13 @@ def bench(fn: Callable[[], object], num_warmups: int = 5, num_tests: int = 10, h
     """Seconds per call of fn: the mean of num_tests calls in a row, after num_warmups that are not counted.
 
     With a GPU, what its current stream does between two events; L2 is emptied before the first call, not between calls.
-    high_precision: a large multiplication goes first, so that the GPU does not wait for the CPU to launch.
     Without a GPU, the time that passes.
+
+    Args:
+        fn: what is called, without arguments.
+        num_warmups: calls that are not counted.
+        num_tests: calls that are.
+        high_precision: a large multiplication goes first, so that the GPU does not wait for the CPU to launch.
 
     Raises: InvalidInputError for a num_tests below 1.
     """
