@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +15,7 @@ from .. import settings
 from ..errors import LaunchError, MissingDependencyError
 
 
+@cache
 def driver() -> Any:
     """`cuda.bindings.driver`.
 
@@ -44,10 +47,16 @@ def load(image: bytes, entry: str, name: str) -> Any:
     return kernel
 
 
+_thread = threading.local()
+
+
 def bind_context() -> None:
-    """Makes the current device's primary context current in a thread that has none yet."""
+    """Makes the current device's primary context current in a thread that has none yet; later changes are PyTorch's."""
+    if hasattr(_thread, "bound"):
+        return
     cuda = driver()
     if not int(check(cuda.cuCtxGetCurrent(), "reading the current context")):
         device = check(cuda.cuDeviceGet(torch.cuda.current_device()), "looking up the device")
         context = check(cuda.cuDevicePrimaryCtxRetain(device), "taking the device's context")
         check(cuda.cuCtxSetCurrent(context), "setting the context")
+    _thread.bound = True
