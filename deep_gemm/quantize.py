@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -39,16 +39,40 @@ P = ParamSpec("P")
 
 
 def _operator(function: Callable[P, Pair]) -> Callable[P, Pair]:
-    """Makes a call its operator (operators.py) where PyTorch traces or watches. Gradients stop here."""
+    """Makes a call its operator (operators.py) where PyTorch traces or watches. Gradients stop here.
+
+    A call like one before goes straight to its kernel, if it has no tensors but x and masked_m.
+    """
+    name = function.__name__
 
     @wraps(function)
     def call(*args: P.args, **keywords: P.kwargs) -> Pair:
-        x = args[0] if args else keywords.get("x")
-        if is_dynamo_compiling() or watched(x):
-            with torch.no_grad():
-                return getattr(torch.ops.deep_gemm, function.__name__)(*args, **keywords)
+        x: Any = args[0] if args else keywords.get("x")
+        if not is_dynamo_compiling():
+            counts: Any = keywords.get("masked_m")
+            options = (
+                *((value, type(value)) for value in args[1:]),
+                *(
+                    (option, value, type(value))
+                    for option, value in keywords.items()
+                    if option not in ("x", "masked_m")
+                ),
+            )
+            try:
+                key = name, x.numel(), options
+                made = quantization.again(key, x, counts)
+            except (AttributeError, TypeError):  # which the check will tell of
+                key = made = None
+            if made is not None:
+                return made
+            if not watched(x):
+                with torch.no_grad():
+                    values, scales = function(*args, **keywords)
+                if key is not None:
+                    quantization.remember(key, x, counts, values, scales)
+                return values, scales
         with torch.no_grad():
-            return function(*args, **keywords)
+            return getattr(torch.ops.deep_gemm, name)(*args, **keywords)
 
     return call
 

@@ -107,6 +107,16 @@ class Emulator:
 
         for module in (quantization, driver):
             monkeypatch.setattr(module, "driver", lambda: self)
+        again, self.at_once = quantization.again, 0
+
+        def counted(key: Any, x: torch.Tensor, counts: torch.Tensor | None) -> Pair | None:
+            self.memory = x.untyped_storage()
+            made = again(key, x, counts) if self.enabled else None
+            self.at_once += made is not None
+            return made
+
+        monkeypatch.setattr(quantization, "again", counted)
+        monkeypatch.setattr(quantization, "_thread", quantization._Thread())
         monkeypatch.setattr(quantization, "cast", watched)
         monkeypatch.setattr(quantization, "_kernel", lambda index, entry: entry)
         monkeypatch.setattr(quantization.device, "current", lambda index: SimpleNamespace(num_sms=1))

@@ -111,9 +111,8 @@ def test_known_calls_are_captured_and_replayed_with_new_contents() -> None:
         for call, other in zip(every, others, strict=True):
             call.d.fill_(float("nan"))
             if turn % 2:  # what the graph reads changes
-                for to, come in ((call.a, other.a), (call.b, other.b)):
-                    for x, y in zip(to, come, strict=True):
-                        x.view(torch.uint8).copy_(y.view(torch.uint8))
+                for to, come in zip((*call.a, *call.b), (*other.a, *other.b), strict=True):
+                    to.copy_(come)
                 call.want = other.want
         torch.cuda.synchronize()
         graphs[turn % 2].replay()

@@ -4,10 +4,12 @@ compiled, and run on a CPU (casts.cpp).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import itertools
 import math
+import random
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -532,6 +534,59 @@ def test_kernels_on_a_cpu(emulator: casts.Emulator, name: str, dtype: torch.dtyp
                 casts.check(got, emulator.by_torch(lambda cast=cast, x=x, u=use_ue8m0: cast(x, u)), (shape, order))
     kinds = {entry.partition("_")[0] for entry in emulator.launched}
     assert kinds == {"per_token": {"token", "transposed"}, "swiglu": {"gated"}}.get(name, {"tile"})
+
+
+@pytest.mark.parametrize("name", casts.CASTS)
+def test_a_cast_like_one_before_is_launched_at_once(emulator: casts.Emulator, name: str) -> None:
+    """With the bits of its own input, into memory of its own; in any order, and however much is forgotten."""
+    cast, rng = casts.CASTS[name], random.Random(0)
+    inputs = [casts.hard((2, 64, 256), dtype, seed) for dtype in casts.DTYPES for seed in range(2)]
+    inputs += [x.mT for x in inputs[:2]] + [casts.hard((64, 512), torch.bfloat16, 9)]
+    wants = [[emulator.by_torch(lambda x=x, u=u: cast(x, u)) for u in (False, True)] for x in inputs]
+    kept = [cast(inputs[0], False)]
+    for _ in range(60):
+        i, powers = rng.randrange(len(inputs)), rng.random() < 0.3
+        launched, at_once = len(emulator.launched), emulator.at_once
+        got = cast(inputs[i], powers) if rng.random() < 0.5 else cast(x=inputs[i], use_ue8m0=powers)
+        assert len(emulator.launched) == launched + 1
+        casts.check(got, wants[i][powers], (i, powers, emulator.at_once > at_once))
+        kept.append(got)
+    assert emulator.at_once > 4
+    assert len({values.data_ptr() for values, _ in kept}) == len(kept)
+
+
+def test_other_rows_may_be_real_the_next_time(emulator: casts.Emulator) -> None:
+    x = casts.hard((4, 9, 64), torch.bfloat16)
+    for counts in ([0, 9, 3, -2], [1, 2, 3, 4], [9, 9, 9, 99]):
+        masked_m = torch.tensor(counts, dtype=torch.int32)
+        want = emulator.by_torch(lambda: quantize.swiglu_cast_to_fp8(x))
+        got = quantize.swiglu_cast_to_fp8(x, masked_m=masked_m)
+        casts.check(casts.counted(got, masked_m), casts.counted(want, masked_m))
+    assert emulator.at_once == 2
+    quantize.swiglu_cast_to_fp8(x, False, masked_m)
+    assert emulator.at_once == 2, "who passes it by place is not known"
+    with pytest.raises(InvalidInputError, match="masked_m is"):
+        quantize.swiglu_cast_to_fp8(x, masked_m=masked_m.long())
+
+
+def test_what_is_unlike_is_for_the_check(emulator: casts.Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    cast, x = quantize.per_token_cast_to_fp8, torch.ones(8, 256)
+    cast(x), cast(x), cast(x, False, 128), cast(x, False, 128)
+    assert emulator.at_once == 2
+    for arguments in ((x, False, 128.0), (x, False, "128"), (x.int(),), (x.to_sparse(),), (None,), (3,), (x, [0])):
+        before = emulator.at_once
+        with contextlib.suppress(InvalidInputError, TypeError, RuntimeError):
+            cast(*arguments)
+        assert emulator.at_once == before, arguments
+    wide = torch.ones(8, 264)
+    for other in (wide[:, :256], wide.view(-1)[1:2049].view(8, 256), x.half(), x.double(), x.T.contiguous().T, x[None]):
+        before = emulator.at_once
+        casts.check(cast(other), emulator.by_torch(lambda other=other: cast(other)))
+        assert emulator.at_once == before
+    monkeypatch.setattr(quantization, "MAX_KNOWN", 3)
+    for rows in range(1, 20):
+        cast(torch.ones(rows, 256))
+    assert len(quantization._thread.known) <= 7
 
 
 @pytest.mark.parametrize("dtype", casts.DTYPES[:2], ids=str)
