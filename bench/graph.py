@@ -1,18 +1,21 @@
-"""CUDA graphs of many launches, and how long they take."""
+"""CUDA graphs of many launches, and how long they take; and how long the CPU takes for single ones."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import TypeVar
+from itertools import cycle, pairwise
+from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
 
+Case = tuple[Callable[..., Any], Sequence[tuple[Any, ...]]]  # a function, and the arguments of each call in turn
+
 PAUSE_S = 0.02
+WARM_UP_TURNS = 5
 SUSTAINED_S = 1.5
 
 
@@ -53,3 +56,26 @@ def sustained_us(graph: torch.cuda.CUDAGraph, burst_us: float) -> float:
     torch.cuda.synchronize()
     half = events[len(events) // 2 :]
     return statistics.median(a.elapsed_time(b) for a, b in pairwise(half)) * 1e3 / replays
+
+
+def host_us(cases: dict[str, Case], batch: int, batches: int) -> dict[str, list[float]]:
+    """What every single call costs the CPU, from calling to being back, without the clock's own share.
+
+    Cases take turns, `batch` calls at a time on the default stream; then the GPU is waited for, so that its queue never
+    is full. Garbage collection is left on.
+    """
+    clock = time.perf_counter_ns
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(WARM_UP_TURNS + batches):
+        for name, (function, sets) in cases.items():
+            taken: list[int] = []
+            torch.cuda.synchronize()
+            for _, arguments in zip(range(batch), cycle(sets), strict=False):
+                begun = clock()
+                function(*arguments)
+                taken.append(clock() - begun)
+            if turn >= WARM_UP_TURNS:
+                times[name] += [each / 1e3 for each in taken]
+    torch.cuda.synchronize()
+    overhead = statistics.median(-(clock() - clock()) for _ in range(1000)) / 1e3
+    return {name: [each - overhead for each in every] for name, every in times.items()}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -101,13 +103,19 @@ class Operands:
         return x.unflatten(0, (self.shape.groups, self.shape.m)) if x.dim() == 2 else x
 
 
-def run(x: Operands) -> torch.Tensor:
+def call(x: Operands) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """The public function of a family, and what it takes."""
     if x.shape.family == DENSE:
-        deep_gemm.fp8_gemm_nt((x.a[0], x.a_scales[0]), (x.b[0], x.b_scales[0]), x.d[0])
-    elif x.shape.family == CONTIGUOUS:
-        deep_gemm.m_grouped_fp8_gemm_nt_contiguous((x.a, x.a_scales), (x.b, x.b_scales), x.d, x.layout)
-    else:
-        deep_gemm.fp8_m_grouped_gemm_nt_masked((x.a, x.a_scales), (x.b, x.b_scales), x.d, x.layout, x.shape.tokens)
+        return deep_gemm.fp8_gemm_nt, ((x.a[0], x.a_scales[0]), (x.b[0], x.b_scales[0]), x.d[0])
+    pairs = (x.a, x.a_scales), (x.b, x.b_scales)
+    if x.shape.family == CONTIGUOUS:
+        return deep_gemm.m_grouped_fp8_gemm_nt_contiguous, (*pairs, x.d, x.layout)
+    return deep_gemm.fp8_m_grouped_gemm_nt_masked, (*pairs, x.d, x.layout, x.shape.tokens)
+
+
+def run(x: Operands) -> torch.Tensor:
+    function, arguments = call(x)
+    function(*arguments)
     return x.d
 
 

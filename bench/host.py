@@ -1,11 +1,10 @@
 """What a call costs the CPU, from calling to being back, beside others: `python -m bench.host`.
 
-Every call is timed by itself, on the default stream, in batches after which the GPU is waited for, so that the queue
-never is full. Implementations take turns. Operands change with every call: each of several sets lies elsewhere, and
-where it says "changing M" has other rows. Before they are timed, our calls' results are held against a first one's.
-Garbage collection is left on. Peers: cuBLASLt through torch, a Triton kernel that does nothing, what the CUDA driver
-alone takes to launch one, and, if DEEP_GEMM_PEER names the folder that sgl-deep-gemm was installed into (bench/run.py),
-that fork of DeepSeek's library.
+Method: graph.host_us. Operands change with every call: each of several sets lies elsewhere, and where it says
+"changing M" has other rows. Before they are timed, our calls' results are held against those of the first one. Peers:
+cuBLASLt through torch, a Triton kernel that does nothing, what the CUDA driver alone takes to launch one, and, if
+DEEP_GEMM_PEER names the folder that sgl-deep-gemm was installed into (bench/run.py), that fork of DeepSeek's library,
+in a process of its own after the others.
 """
 
 from __future__ import annotations
@@ -14,74 +13,61 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import import_module
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import deep_gemm
+from bench import grouped
+from bench.graph import Case, host_us
+from bench.peer import Peer
 from bench.run import commit, machine, on_hopper, slug, versions
-from bench.table import RESULTS
+from bench.table import FORK, RESULTS
 from deep_gemm.runtime.compiler import Source, compile
 from deep_gemm.runtime.driver import check, driver, load
 
-Case = tuple[Callable[..., Any], Sequence[tuple[Any, ...]]]  # a function, and the arguments of each call in turn
 SETS, BATCH, BATCHES = 8, 200, 60
-N, K, GROUPS = 4096, 7168, 8
+N, K = 4096, 7168
 MS = (128, 1, 64, 96, 16, 100, 32, 7)
+SHAPES = {
+    f"fp8_gemm_nt 128x{N}x{K}": grouped.Shape(grouped.DENSE, 1, 128, N, K, 128),
+    "m_grouped_fp8_gemm_nt_contiguous 8x128x512x1024": grouped.Shape(grouped.CONTIGUOUS, 8, 128, 512, 1024, 128),
+    "m_grouped_fp8_gemm_nt_masked 8x128x512x1024": grouped.Shape(grouped.MASKED, 8, 128, 512, 1024, 90),
+}
 
 
-def dense_operands(m: int, n: int = N, k: int = K) -> tuple[Any, Any, torch.Tensor]:
-    a = deep_gemm.per_token_cast_to_fp8(torch.randn(m, k, device="cuda"), False)
-    b = deep_gemm.per_block_cast_to_fp8(torch.randn(n, k, device="cuda"), False)
-    a = a[0], deep_gemm.get_mn_major_tma_aligned_tensor(a[1])
-    return a, b, torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
+def case_of(sets: Sequence[grouped.Operands]) -> Case:
+    return grouped.call(sets[0])[0], [grouped.call(x)[1] for x in sets]
 
 
 def ours() -> dict[str, Case]:
     """Our calls, by name."""
-    same = [dense_operands(128) for _ in range(SETS)]
-    changing = [dense_operands(m) for m in MS]
-    small = 512, 1024
-    groups = [torch.randn(GROUPS, *small, device="cuda") for _ in range(SETS)]
-    weights = [deep_gemm.per_block_cast_to_fp8(x, False) for x in groups]
-    rows = [deep_gemm.per_token_cast_to_fp8(torch.randn(GROUPS, 128, small[1], device="cuda"), False) for _ in groups]
-    rows = [(x, deep_gemm.get_mn_major_tma_aligned_tensor(scales)) for x, scales in rows]
-    flat = [(x.view(-1, small[1]), s.reshape(-1, s.shape[-1])) for x, s in rows]
-    flat = [(x, deep_gemm.get_mn_major_tma_aligned_tensor(scales)) for x, scales in flat]
-    d = [torch.empty(GROUPS, 128, small[0], dtype=torch.bfloat16, device="cuda") for _ in groups]
-    counts = [torch.full((GROUPS,), 100, dtype=torch.int32, device="cuda") for _ in groups]
-    layout = [torch.arange(GROUPS * 128, device="cuda").div(128, rounding_mode="floor").int() for _ in groups]
-    masked = list(zip(rows, weights, d, counts, [100] * SETS, strict=True))
-    contiguous = [(a, b, x.view(-1, small[0]), y) for a, b, x, y in zip(flat, weights, d, layout, strict=True)]
-    rows16 = torch.randn(SETS, 128, K, device="cuda").bfloat16()
-    sizes = f"{GROUPS}x128x{small[0]}x{small[1]}"
-    name = f"deep_gemm.fp8_gemm_nt 128x{N}x{K}"
-    calls: dict[str, Case] = {
-        name: (deep_gemm.fp8_gemm_nt, same),
-        f"deep_gemm.fp8_gemm_nt, changing M, {N}x{K}": (deep_gemm.fp8_gemm_nt, changing),
-        f"deep_gemm.m_grouped_fp8_gemm_nt_contiguous {sizes}": (deep_gemm.m_grouped_fp8_gemm_nt_contiguous, contiguous),
-        f"deep_gemm.m_grouped_fp8_gemm_nt_masked {sizes}": (deep_gemm.m_grouped_fp8_gemm_nt_masked, masked),
-        f"deep_gemm.per_token_cast_to_fp8 128x{K}": (deep_gemm.per_token_cast_to_fp8, [(x,) for x in rows16]),
+    sets = {name: [grouped.Operands.random(shape) for _ in range(SETS)] for name, shape in SHAPES.items()}
+    name = f"fp8_gemm_nt, changing M, {N}x{K}"
+    sets[name] = [grouped.Operands.random(grouped.Shape(grouped.DENSE, 1, m, N, K, m)) for m in MS]
+    calls = {f"deep_gemm.{name}": case_of(each) for name, each in sets.items()}
+    check_all(calls, [[x.d for x in each] for each in sets.values()])
+    rows = torch.randn(SETS, 128, K, device="cuda").bfloat16()
+    dense = calls[f"deep_gemm.fp8_gemm_nt 128x{N}x{K}"][1]
+    return calls | {
+        f"deep_gemm.per_token_cast_to_fp8 128x{K}": (deep_gemm.per_token_cast_to_fp8, [(x,) for x in rows]),
         f"torch.ops.deep_gemm.fp8_gemm_nt 128x{N}x{K}": (
             torch.ops.deep_gemm.fp8_gemm_nt,
-            [(*a, *b) for a, b, _ in same],
+            [(*a, *b) for a, b, _ in dense],
         ),
     }
-    check_all(calls, [[d for *_, d in same], [d for *_, d in changing], d, d])
-    return calls
 
 
 def check_all(calls: dict[str, Case], results: list[list[torch.Tensor]]) -> None:
     """Warm calls must give the bits that first ones gave. Raises: RuntimeError."""
-    for (name, (function, sets)), outputs in zip(calls.items(), results, strict=False):
+    for (name, (function, sets)), outputs in zip(calls.items(), results, strict=True):
         first: list[torch.Tensor] = []
         for turn in range(3):
             for d in outputs:
@@ -143,36 +129,31 @@ def triton_launch() -> dict[str, Case]:
     return {"a Triton kernel that does nothing, 3 tensors and an int": (kernel[(1,)], [(*x, 16) for x in sets])}
 
 
-def times_us(implementations: dict[str, Case]) -> dict[str, list[float]]:
-    """Of every single call, warmed up."""
-    clock = time.perf_counter_ns
-    times: dict[str, list[float]] = {name: [] for name in implementations}
-    for batch in range(BATCHES + 5):
-        for name, (function, sets) in implementations.items():
-            taken: list[int] = []
-            torch.cuda.synchronize()
-            for _, args in zip(range(BATCH), cycle(sets), strict=False):
-                begun = clock()
-                function(*args)
-                taken.append(clock() - begun)
-            if batch >= 5:
-                times[name] += [each / 1e3 for each in taken]
-    torch.cuda.synchronize()
-    nothing = [clock() - clock() for _ in range(1000)]
-    overhead = -statistics.median(nothing) / 1e3
-    return {name: [each - overhead for each in every] for name, every in times.items()}
+def fork(folder: Path) -> dict[str, list[float]]:
+    """The times of the fork's calls."""
+    peer = Peer(folder)
+    try:
+        asked = {"seed": 0, "sets": SETS, "pdl": False, "batch": BATCH, "batches": BATCHES}
+        return {
+            f"{FORK}.{name}": peer.ask({"family": shape.family, "shape": shape.numbers, **asked})["us"]
+            for name, shape in SHAPES.items()
+        }
+    finally:
+        peer.close()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser("bench.host", description="Times what calls cost the CPU.")
-    parser.add_argument("--output", type=Path, default=RESULTS / "host", help="folder for the results")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args()
     if not on_hopper("host"):
         return 1
     started, gpu = datetime.now(timezone.utc), machine()
     about: dict[str, Any] = {"time": started.isoformat(timespec="seconds"), "machine": gpu, "versions": versions()}
     gc.collect()
-    times = times_us(ours() | peers())
+    times = host_us(ours() | peers(), BATCH, BATCHES)
+    if folder := os.environ.get("DEEP_GEMM_PEER"):
+        times |= fork(Path(folder))
     rows = [
         {
             "call": name,

@@ -1,9 +1,9 @@
 """Another package of the name deep_gemm, timed in a process of its own: both ends of the line between the processes.
 
 A line of JSON each way. A request is {"family", "shape", "seed", "sets", "launches", "pdl"} (make operands, capture a
-graph; pdl: of launches that overlap), "replay" (one turn), {"burst_us"} (a while at load) or "free" (release all
-memory); an answer is {}, {"us": ...} or {"error": ...}. The first answer, to no request, is {"file", "version"}: which
-deep_gemm it is.
+graph; pdl: of launches that overlap), the same with "batch" and "batches" in place of "launches" (time calls on the
+CPU), "replay" (one turn), {"burst_us"} (a while at load) or "free" (release all memory); an answer is {}, {"us": ...}
+or {"error": ...}. The first answer, to no request, is {"file", "version"}: which deep_gemm it is.
 """
 
 from __future__ import annotations
@@ -103,6 +103,11 @@ def answers(requests: Iterator[str]) -> Iterator[dict[str, Any]]:
                 shape = grouped.Shape.of(request["family"], request["shape"])
                 sets += [grouped.Operands.random(shape) for _ in range(request["sets"])]
                 grouped.deep_gemm.set_pdl(request["pdl"])
+                if "batches" in request:
+                    function, _ = grouped.call(sets[0])
+                    case = function, [grouped.call(x)[1] for x in sets]
+                    yield {"us": graph.host_us({"": case}, request["batch"], request["batches"])[""]}
+                    continue
                 captured = graph.capture(grouped.run, sets, request["launches"])
             yield {}
         except Exception as error:

@@ -81,8 +81,9 @@ def family_means(rows: Sequence[Row]) -> dict[str, Mean]:
 
 
 def newest(folder: Path = RESULTS) -> Path | None:
-    """The results file with the latest start."""
-    return max(folder.glob("*.json"), key=lambda path: json.loads(path.read_text())["time"], default=None)
+    """The results file of `make bench` with the latest start."""
+    files = (path for path in folder.glob("*.json") if not path.stem.endswith("-host"))
+    return max(files, key=lambda path: json.loads(path.read_text())["time"], default=None)
 
 
 def _line(*cells: object) -> str:

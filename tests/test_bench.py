@@ -115,6 +115,7 @@ def test_newest(tmp_path: Path):
     assert table.newest(tmp_path) is None
     for name, time in (("2026-01-02-h200.json", "2026-01-02T00:00:00"), ("2026-01-01-z.json", "2026-01-01T00:00:00")):
         (tmp_path / name).write_text(json.dumps({"time": time}))
+    (tmp_path / "2026-01-03-h200-host.json").write_text(json.dumps({"time": "2026-01-03T00:00:00"}))
     assert table.newest(tmp_path) == tmp_path / "2026-01-02-h200.json"
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +200,50 @@ def test_compiled_blocks(mode: str) -> None:
     for _ in range(6):
         a = quantised(96, K)
         assert torch.equal(compiled(*a).clone(), block(*a))
+
+
+def casts(seed: int) -> list[tuple[Callable[..., Any], dict[str, Any], Any]]:
+    """Casts, what they take, and what they give on a CPU."""
+    generator, cases = torch.Generator().manual_seed(seed), []
+    for cast in (deep_gemm.per_token_cast_to_fp8, deep_gemm.per_block_cast_to_fp8, deep_gemm.swiglu_cast_to_fp8):
+        for shape in ((1, 256), (100, 512), (3, 128, 1024)):
+            for dtype in (torch.bfloat16, torch.float32):
+                x = torch.randn(shape, generator=generator).to(dtype)
+                cases.append((cast, {"x": x.cuda(), "use_ue8m0": bool(seed % 2)}, cast(x, bool(seed % 2))))
+    return cases
+
+
+def cast_right(got: Any, want: Any) -> bool:
+    (values, scales), (wanted, wanted_scales) = got, want
+    same = torch.equal(values.cpu().view(torch.uint8), wanted.view(torch.uint8))
+    return same and torch.equal(scales.cpu(), wanted_scales) and scales.stride() == wanted_scales.stride()
+
+
+def test_casts_like_those_before() -> None:
+    """In threads and on streams of their own, and captured, to be replayed with other contents."""
+
+    def work(seed: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            cases = casts(seed)
+            for _ in range(5):
+                results = [cast(**options) for cast, options, _ in cases]
+                torch.cuda.current_stream().synchronize()
+                if not all(cast_right(got, want) for got, (_, _, want) in zip(results, cases, strict=True)):
+                    return False
+        return True
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(work, range(6)))
+    cases, others, graph = casts(10), casts(12), torch.cuda.CUDAGraph()
+    for cast, options, _ in cases * 2:
+        cast(**options)
+    with torch.cuda.graph(graph):
+        results = [cast(**options) for cast, options, _ in cases]
+    for now in (cases, others):
+        for (_, options, _), (_, come, _) in zip(cases, now, strict=True):
+            options["x"].copy_(come["x"].clone())
+        graph.replay()
+        assert all(cast_right(got, want) for got, (_, _, want) in zip(results, now, strict=True))
 
 
 def run(script: str) -> subprocess.CompletedProcess[str]:

@@ -41,7 +41,10 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kinds that were launched. New memory is poisoned, so that what a kernel leaves out shows."""
+    """The kinds that were launched. New memory is poisoned, so that what a kernel leaves out shows.
+
+    No cast goes straight to its kernel: tests/test_host_gpu.py is about those.
+    """
     kinds: list[str] = []
     cast = quantization.cast
 
@@ -56,6 +59,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return new
 
     monkeypatch.setattr(quantization, "cast", noted)
+    monkeypatch.setattr(quantization, "again", lambda key, x, counts: None)
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     return kinds
 
@@ -114,7 +118,6 @@ def test_torch_on_this_gpu_has_the_same_bits(name: str, monkeypatch: pytest.Monk
     """What another GPU gets."""
     x = casts.hard((300, 2048), torch.bfloat16)
     monkeypatch.setattr(quantize, "_is_offered", lambda x: False)
-    monkeypatch.setattr(quantization, "again", lambda key, x, counts: None)
     for use_ue8m0 in (False, True):
         casts.check(casts.CASTS[name](x.cuda(), use_ue8m0), casts.CASTS[name](x, use_ue8m0))
 
