@@ -149,8 +149,9 @@ def test_casts_are_operators(name: str, device: str) -> None:
         lambda x, *rest: cast(x * 1, *rest), fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager"
     )
     assert equal(compiled(*args), want)
-    graph = make_fx(lambda x: cast(x, *args[1:]))(args[0])
-    assert f"deep_gemm.{name}.default" in str(graph.graph) and equal(graph(args[0]), want)
+    for _ in range(2):
+        graph = make_fx(lambda x: cast(x, *args[1:]))(args[0])
+        assert f"deep_gemm.{name}.default" in str(graph.graph) and equal(graph(args[0]), want)
 
 
 @each_cast
@@ -283,16 +284,19 @@ def test_calls_are_exported(name: str, strict: bool, device: str) -> None:
     assert torch.equal(exported.module()(*case.a), case.expected())
 
 
+@each_device
 @each_case
-def test_calls_are_traced(name: str) -> None:
-    case = made(name, "cpu")
+def test_calls_are_traced(name: str, device: str) -> None:
+    """Also those that were made while something was traced, and as operators, before."""
+    case = made(name, device)
+    case.expected()
 
     def function(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         d = torch.zeros_like(case.d)
         case.call((values, scales), case.b, d, *case.rest)
         return d
 
-    for mode in ("real", "fake"):
+    for mode in ("real", "fake", "real"):
         graph = make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True)(*case.a)
         assert f"deep_gemm.{case.name}.out" in str(graph.graph), mode
         assert torch.equal(graph(*case.a), case.expected())

@@ -16,8 +16,9 @@ def guard(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
     """A function of as many objects, which tells whether each is like the tensor in its place.
 
     Alike are type, dtype, device, shape and strides, layout, whether a view negates its memory, and whether gradients
-    are wanted; and PyTorch must handle both in one way: no mode watches now that did not then. What is no tensor may
-    raise TypeError. The tensors are not kept.
+    are wanted; and PyTorch must dispatch on both in one way. Of modes that watch, ask modes_at_work: while one is at
+    work on an operator, what is dispatched looks as if it were not. What is no tensor may raise TypeError. The tensors
+    are not kept.
 
     The guards of torch.compile compare so, in C++, in a fraction of the time; they are not a public interface.
     """

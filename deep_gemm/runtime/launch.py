@@ -29,7 +29,7 @@ from ..plan import (
 from ..problem import Kind, Operands
 from .compiler import Source, cubin_for
 from .driver import bind_context, check, driver, load
-from .guard import guard
+from .guard import guard, modes_at_work
 from .transpose import prepare as prepare_transposition
 
 MAP_BYTES = 128
@@ -115,7 +115,7 @@ def again(a: Any, b: Any, d: Any, layout: Any = None, option: Any = 0) -> bool:
     microseconds go.
     """
     launchers = _thread.launchers
-    if launchers.settings is not config.running:
+    if launchers.settings is not config.running or modes_at_work():
         return False
     try:
         (x, x_scales), (y, y_scales) = a, b
