@@ -34,10 +34,11 @@ def _also_by(**older: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
         def call(*args: Any, **keywords: Any) -> R:
-            for old in older.keys() & keywords.keys():
-                if older[old] in keywords:
-                    raise TypeError(f"{function.__name__}() got {older[old]} twice, as {old} too: pass it once")
-                keywords[older[old]] = keywords.pop(old)
+            if keywords:
+                for old in older.keys() & keywords.keys():
+                    if older[old] in keywords:
+                        raise TypeError(f"{function.__name__}() got {older[old]} twice, as {old} too: pass it once")
+                    keywords[older[old]] = keywords.pop(old)
             return function(*args, **keywords)
 
         return call  # type: ignore[return-value]

@@ -732,6 +732,21 @@ def test_calls_in_any_order(notes: Notes, monkeypatch: pytest.MonkeyPatch):
     assert sum(type(x) is launch._Launcher for x in gc.get_objects()) <= 4 * launch.MAX_ALIKE * 2 + 1
 
 
+def test_what_is_forgotten_is_not_launched(notes: Notes, monkeypatch: pytest.MonkeyPatch):
+    """Not even as what is likely to come next, whatever the option is."""
+    monkeypatch.setattr(launch, "MAX_LAUNCHERS", 1)
+    (p, o, _), (q, other, _) = of_kind(Kind.CONTIGUOUS, 128), of_kind(Kind.CONTIGUOUS, 256)
+    for _ in range(3):
+        launch.launch(p, o, 128, config.current())
+    launch.launch(q, other, 128, config.current())
+    assert again(other, 128), "the new one stays, however often the old one was used"
+    for option in (128, -128, None, 0):
+        assert not again(o, option)
+        launch._thread.launchers.last.next = launch._Launcher(p, o, 128, lambda *tensors: True)
+        launch._thread.launchers._forget((launch._thread.launchers.last.next,))
+        assert not again(o, option)
+
+
 def test_tensors_are_not_kept(notes: Notes):
     p, o, option = of_kind(Kind.DENSE)
     launch.launch(p, o, option, config.current())

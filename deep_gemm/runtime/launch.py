@@ -102,6 +102,7 @@ _P_A, _P_B, _P_B_SCALES, _P_C, _P_D, _P_LAYOUT = (
 )
 _P_COUNTER = (_Args.problem.offset + _ProblemArgs.counter.offset) // 4
 _DEFAULT_STREAM = -1
+_FORGOTTEN = object()  # the option that no call has
 
 
 def again(a: Any, b: Any, d: Any, layout: Any = None, option: Any = 0) -> bool:
@@ -209,7 +210,7 @@ class _Launcher:
     """A launch with all decided but the addresses and the stream. For one thread: it changes its arguments in place.
 
     fits: whether tensors are laid out as those that it was made for; fits_again: the same, False where the addresses
-    and the kernel are not all there is to it. option: as given to launch; None once it is forgotten. next: what was
+    and the kernel are not all there is to it. option: as given to launch, until it is forgotten. next: what was
     launched after it the last time. has_others: whether there are other devices than its own, `index`.
     """
 
@@ -347,9 +348,8 @@ class _Launchers:
 
     def add(self, key: Any, launcher: _Launcher) -> _Launcher:
         alike = (launcher, *self.known.pop(key, ()))
-        self.known[key] = alike[:MAX_ALIKE]
         self._forget(alike[MAX_ALIKE:])
-        while len(self.known) > MAX_LAUNCHERS:
+        while len(self.known) >= MAX_LAUNCHERS:
             oldest = next(iter(self.known))
             launchers = self.known.pop(oldest)
             if any(each.used for each in launchers):
@@ -358,11 +358,12 @@ class _Launchers:
                     each.used = False
             else:
                 self._forget(launchers)
+        self.known[key] = alike[:MAX_ALIKE]
         return launcher
 
     def _forget(self, launchers: tuple[_Launcher, ...]) -> None:
         for each in launchers:
-            each.option, each.next = None, each
+            each.option, each.next = _FORGOTTEN, each
 
 
 class _Thread(threading.local):
