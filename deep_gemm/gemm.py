@@ -22,7 +22,7 @@ from .plan import Plan, Strip, Tile
 from .problem import Kind, Operands, Pair, Problem, Problems
 from .runtime import device
 from .runtime.guard import watched
-from .runtime.launch import again, launch, prepare
+from .runtime.launch import DENSE, again, launch, prepare
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -88,9 +88,9 @@ def fp8_gemm_nt(
         plain = c is None and recipe is None and recipe_a is None and recipe_b is None and compiled_dims == "nk"
         if plain and again(a, b, d):
             return
-        if not watched(d):
-            column_scales = problem.check_options(c, recipe, recipe_a, recipe_b, compiled_dims)
-            return _run(*problem.dense(a, b, d, c, column_scales), option=None if column_scales else 0)
+        column_scales = problem.check_options(c, recipe, recipe_a, recipe_b, compiled_dims)
+        if not watched(a, b, d):
+            return _run(*problem.dense(a, b, d, c, column_scales), option=None if column_scales else DENSE)
     _traced("fp8_gemm_nt", a, b, d, c, recipe, recipe_a, recipe_b)
 
 
@@ -106,7 +106,7 @@ def fp8_gemm_nn(
     disable_ue8m0_cast: bool = False,
 ) -> None:
     """d = a @ b: `fp8_gemm_nt` with b [K, N] and scales [ceil(K / 128), ceil(N / 128)], views of K-major memory."""
-    if is_dynamo_compiling() or watched(d):
+    if is_dynamo_compiling() or watched(a, b, d):
         return _traced("fp8_gemm_nn", a, b, d, c, recipe, recipe_a, recipe_b)
     with _swapped("b"):
         fp8_gemm_nt(a, _transposed(b), d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
@@ -124,7 +124,7 @@ def fp8_gemm_tn(
     disable_ue8m0_cast: bool = False,
 ) -> None:
     """d = a.T @ b: `fp8_gemm_nt` with a [K, M], b [K, N] and their scales, views of K-major memory."""
-    if is_dynamo_compiling() or watched(d):
+    if is_dynamo_compiling() or watched(a, b, d):
         return _traced("fp8_gemm_tn", a, b, d, c, recipe, recipe_a, recipe_b)
     with _swapped("a and b"):
         fp8_gemm_nt(_transposed(a), _transposed(b), d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
@@ -142,7 +142,7 @@ def fp8_gemm_tt(
     disable_ue8m0_cast: bool = False,
 ) -> None:
     """d = a.T @ b.T: `fp8_gemm_nt` with a [K, M] and its scales, views of K-major memory."""
-    if is_dynamo_compiling() or watched(d):
+    if is_dynamo_compiling() or watched(a, b, d):
         return _traced("fp8_gemm_tt", a, b, d, c, recipe, recipe_a, recipe_b)
     with _swapped("a"):
         fp8_gemm_nt(_transposed(a), b, d, c, recipe, recipe_a, recipe_b, compiled_dims, disable_ue8m0_cast)
@@ -204,8 +204,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
         by_row = use_psum_layout is False and expected is None
         if plain and by_row and again(a, b, d, grouped_layout, option):
             return
-        if not watched(d):
-            problem.check_options(None, recipe, recipe_a, recipe_b, compiled_dims, dense=False)
+        problem.check_options(None, recipe, recipe_a, recipe_b, compiled_dims, dense=False)
+        if not watched(a, b, d):
             checked = problem.contiguous(
                 a, b, d, grouped_layout, use_psum_layout, alignment, expected, ensure_zero_padding
             )
@@ -229,7 +229,7 @@ def m_grouped_fp8_gemm_nn_contiguous(
     ensure_zero_padding: bool = True,
 ) -> None:
     """`m_grouped_fp8_gemm_nt_contiguous` with b [G, K, N] and its scales, views of K-major memory."""
-    if is_dynamo_compiling() or watched(d):
+    if is_dynamo_compiling() or watched(a, b, d):
         rest = grouped_layout, recipe, recipe_a, recipe_b, bool(use_psum_layout), bool(ensure_zero_padding)
         return _traced("m_grouped_fp8_gemm_nn_contiguous", a, b, d, *rest)
     with _swapped("b"):
@@ -270,8 +270,8 @@ def m_grouped_fp8_gemm_nt_masked(
         plain = recipe is None and recipe_a is None and recipe_b is None and compiled_dims == "nk"
         if plain and type(expected_m) is int and again(a, b, d, masked_m, expected_m):
             return
-        if not watched(d):
-            problem.check_options(None, recipe, recipe_a, recipe_b, compiled_dims, dense=False)
+        problem.check_options(None, recipe, recipe_a, recipe_b, compiled_dims, dense=False)
+        if not watched(a, b, d):
             return _run(*problem.masked(a, b, d, masked_m, expected_m), option=expected_m)
     _traced("m_grouped_fp8_gemm_nt_masked", a, b, d, masked_m, expected_m, recipe, recipe_a, recipe_b)
 
@@ -306,7 +306,7 @@ def k_grouped_fp8_gemm_nt_contiguous(
 
     Raises: as `fp8_gemm_nt`.
     """
-    if is_dynamo_compiling() or watched(d):
+    if is_dynamo_compiling() or watched(a, b, d):
         rest = ks_cpu, grouped_layout, c, recipe, bool(use_psum_layout)
         return _traced("k_grouped_fp8_gemm_nt_contiguous", a, b, d, *rest)
     problem.check_k_grouped_options(recipe, compiled_dims)
@@ -332,7 +332,7 @@ def _swapped(names: str) -> Generator[None]:
 
 def _traced(name: str, a: Pair, b: Pair, d: torch.Tensor, *options: Any) -> None:
     """Calls the operator of that name."""
-    getattr(torch.ops.deep_gemm, name).out(a[0], a[1], b[0], b[1], *options, d=d)
+    getattr(torch.ops.deep_gemm, name).out(*problem.apart("a", a), *problem.apart("b", b), *options, d=d)
 
 
 def _run(problem: Problem, operands: Operands, option: Any = None) -> None:

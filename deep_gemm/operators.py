@@ -18,6 +18,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from . import gemm, problem, quantize
+from .errors import InvalidInputError
 from .runtime.guard import unwatched
 
 NAMESPACE = "deep_gemm"
@@ -130,7 +131,9 @@ def _masked() -> None:
 def _k_grouped() -> None:
     def result(a: torch.Tensor, b: torch.Tensor, options: Options) -> torch.Tensor:
         ks, layout = options["ks_cpu"], options["grouped_layout"]
-        groups = len(ks) if layout is None else layout.shape[0]
+        if layout is None and ks is None:
+            raise InvalidInputError(problem.NO_KS)
+        groups = len(ks or ()) if layout is None else layout.shape[0]
         return a.new_empty((groups, options["a_scales"].shape[0], options["b_scales"].shape[0]), dtype=torch.float32)
 
     def flop(a: Any, b: Any, options: Options) -> int:

@@ -127,6 +127,7 @@ class Operands(NamedTuple):
     clear_padding: bool = False
 
 
+NO_KS = "ks_cpu and grouped_layout are None, expected at least one: the K of every group"
 TOKEN, BLOCK = "per_token_cast_to_fp8", "per_block_cast_to_fp8"
 
 
@@ -241,7 +242,7 @@ def k_grouped(
     _result("d", d, torch.float32, ("G", "M", "N"), "expected 3 ([G, M, N]): one result for each group")
     groups, m, n = d.shape
     if ks is None and layout is None:
-        raise InvalidInputError("ks_cpu and grouped_layout are None, expected at least one: the K of every group")
+        raise InvalidInputError(NO_KS)
     if ks is not None:
         _check_ks(ks, groups)
         ks = [int(k) for k in ks]  # NumPy's would overflow in a sum
@@ -375,9 +376,7 @@ def _shape(x: torch.Tensor) -> tuple[int, ...]:
 
 
 def _pair(name: str, pair: Pair, cast: str, dims: int, expected: str, scale_dims: int | None = None) -> Pair:
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise InvalidInputError(f"{name} is {_kind(pair)}, expected a pair (values, scales): call {cast}({name})")
-    values, scales = pair
+    values, scales = apart(name, pair, cast)
     _tensor(f"{name} values", values, E4M3, dims, f"call {cast}({name})", expected)
     packed = getattr(scales, "dtype", None) == torch.int32
     remedy = "packed UE8M0 scales are for Blackwell" if packed else f"call {cast}({name})"
@@ -391,6 +390,13 @@ def _pair(name: str, pair: Pair, cast: str, dims: int, expected: str, scale_dims
         expected if scale_dims == dims else f"expected {scale_dims}: {remedy}",
     )
     return values, scales
+
+
+def apart(name: str, pair: Pair, cast: str = TOKEN) -> Pair:
+    """Values and scales. Raises: InvalidInputError for what is no pair."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise InvalidInputError(f"{name} is {_kind(pair)}, expected a pair (values, scales): call {cast}({name})")
+    return pair[0], pair[1]
 
 
 def _kind(x: object) -> str:
@@ -511,7 +517,7 @@ def _on_one_device(o: Operands) -> Operands:
             f"the operands are on {device}, expected a CUDA or the CPU device: move them with .to()"
         )
     for name, x in zip(o._fields, o, strict=True):
-        if isinstance(x, torch.Tensor) and x.numel() and not x.data_ptr() and not x.untyped_storage().nbytes():
+        if isinstance(x, torch.Tensor) and x.numel() and not (x.data_ptr() and x.untyped_storage().nbytes()):
             raise InvalidInputError(
                 f"{name} of shape {_shape(x)} has no memory, expected a tensor that holds values: its storage was freed"
             )

@@ -37,6 +37,8 @@ _PIECE = 2**16  # elements that the CPU gates at once, in its cache
 Pair = tuple[torch.Tensor, torch.Tensor]
 P = ParamSpec("P")
 
+_PLAIN = (bool, int, str)  # types of options, and of their names
+
 
 def _operator(function: Callable[P, Pair]) -> Callable[P, Pair]:
     """Makes a call its operator (operators.py) where PyTorch traces or watches. Gradients stop here.
@@ -49,23 +51,12 @@ def _operator(function: Callable[P, Pair]) -> Callable[P, Pair]:
     def call(*args: P.args, **keywords: P.kwargs) -> Pair:
         x: Any = args[0] if args else keywords.get("x")
         if not is_dynamo_compiling():
-            counts: Any = keywords.get("masked_m")
-            options = (
-                *((value, type(value)) for value in args[1:]),
-                *(
-                    (option, value, type(value))
-                    for option, value in keywords.items()
-                    if option not in ("x", "masked_m")
-                ),
-            )
-            try:
-                key = name, x.numel(), options
-                made = quantization.again(key, x, counts)
-            except (AttributeError, TypeError):  # which the check will tell of
-                key = made = None
+            key, counts = _key(name, args, keywords)
+            made = None if key is None else quantization.again(key, x, counts)
             if made is not None:
                 return made
             if not watched(x):
+                quantization.nothing_cast()
                 with torch.no_grad():
                     values, scales = function(*args, **keywords)
                 if key is not None:
@@ -75,6 +66,22 @@ def _operator(function: Callable[P, Pair]) -> Callable[P, Pair]:
             return getattr(torch.ops.deep_gemm, name)(*args, **keywords)
 
     return call
+
+
+def _key(name: str, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, torch.Tensor | None]:
+    """What tells a cast from others (None: it cannot be told, or is for the check), and masked_m."""
+    x: Any = args[0] if args else keywords.get("x")
+    by_counts = name == "swiglu_cast_to_fp8"
+    counts: Any = keywords.get("masked_m") if by_counts else None
+    if not isinstance(x, torch.Tensor) or not (counts is None or isinstance(counts, torch.Tensor)):
+        return None, None
+    options: list[Any] = list(args[1:])
+    for option, value in keywords.items():
+        if not ((option == "x" and not args) or (option == "masked_m" and by_counts)):
+            options += option, value
+    if not all(type(option) in _PLAIN for option in options):
+        return None, None
+    return (name, x.shape, x.dtype, counts is None, *((option, type(option)) for option in options)), counts
 
 
 @_operator
@@ -392,7 +399,7 @@ def _silu(x: torch.Tensor) -> torch.Tensor:
     """x / (1 + exp(-x)) of FP32, as kernels/exact.cuh computes it."""
 
     def number(value: float) -> torch.Tensor:
-        return torch.tensor(value, dtype=torch.float32)
+        return torch.tensor(value, dtype=torch.float32, device="cpu")
 
     factor = x.clamp_min(-LIMIT)
     z = factor.clamp_max(LIMIT)

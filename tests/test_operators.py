@@ -6,6 +6,7 @@ Everything on the CPU, and on a GPU where there is one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -297,7 +298,8 @@ def test_calls_are_traced(name: str, device: str) -> None:
         return d
 
     for mode in ("real", "fake", "real"):
-        graph = make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True)(*case.a)
+        early = mode == "real"
+        graph = make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True, pre_dispatch=early)(*case.a)
         assert f"deep_gemm.{case.name}.out" in str(graph.graph), mode
         assert torch.equal(graph(*case.a), case.expected())
 
@@ -316,6 +318,29 @@ def test_flop_are_counted(name: str, device: str) -> None:
         result = case.operator(*case.a, *case.b, *case.rest)
     assert counter.get_total_flops() == 2 * case.flop
     assert torch.equal(d, want) and torch.equal(result, want)
+
+
+@each_cast
+def test_casts_of_batches_by_vmap(name: str) -> None:
+    cast, _, (x, *rest) = cast_case(name, "cpu")
+    batch = torch.stack([x, 2 * x])
+    got = torch.vmap(lambda x: cast(x, *rest))(batch)
+    for i, each in enumerate(batch):
+        want = cast(each, *rest)
+        assert torch.equal(got[0][i].view(torch.uint8), want[0].view(torch.uint8)) and torch.equal(got[1][i], want[1])
+
+
+def test_what_is_wrong_is_rejected_within_modes_as_outside() -> None:
+    case = made("fp8_gemm_nt", "cpu")
+    for arguments, options in (
+        (((*case.a, case.a[0]), case.b, case.d), {}),
+        ((None, case.b, case.d), {}),
+        ((case.a, case.b, case.d), {"compiled_dims": "xyz"}),
+        ((case.a, case.b, case.d), {"recipe": (1, 2, 3)}),
+    ):
+        for watch in (FlopCounterMode(display=False), nullcontext()):
+            with watch, pytest.raises(deep_gemm.errors.InvalidInputError, match="expected"):
+                deep_gemm.fp8_gemm_nt(*arguments, **options)  # type: ignore[arg-type]
 
 
 @each_case

@@ -569,6 +569,49 @@ def test_other_rows_may_be_real_the_next_time(emulator: casts.Emulator) -> None:
         quantize.swiglu_cast_to_fp8(x, masked_m=masked_m.long())
 
 
+def test_a_cast_is_taken_for_no_other(emulator: casts.Emulator) -> None:
+    """By PyTorch after one by a kernel, of the same memory; with counts and without."""
+    x, counts = casts.hard((4, 64, 256), torch.bfloat16), torch.full((4,), 64, dtype=torch.int32)
+    other = x.view(128, 512)
+    wants = [emulator.by_torch(lambda y=y: quantize.per_token_cast_to_fp8(y, False, 64)) for y in (x, other)]
+    gated = emulator.by_torch(lambda: quantize.swiglu_cast_to_fp8(x))
+    for _ in range(3):
+        casts.check(quantize.swiglu_cast_to_fp8(x, masked_m=counts), gated)
+        casts.check(quantize.swiglu_cast_to_fp8(x), gated)
+        casts.check(quantize.swiglu_cast_to_fp8(x, masked_m=None), gated)
+        for y, want in zip((x, other), wants, strict=True):
+            for _ in range(2):
+                casts.check(quantize.per_token_cast_to_fp8(y, False, 64), want)
+    assert emulator.at_once >= 6
+
+
+def test_signatures_hold_for_what_is_known(emulator: casts.Emulator) -> None:
+    cast, x = quantize.per_token_cast_to_fp8, torch.ones(8, 256)
+    cast(x), cast(x)
+    for keywords in ({"masked_m": None}, {"x": x}, {"use": True}):
+        with pytest.raises(TypeError):
+            cast(x, **keywords)  # type: ignore[arg-type]
+    powers = torch.tensor(True)
+    for _ in range(2):
+        cast(x, powers)  # type: ignore[arg-type]
+    assert not any(isinstance(each, torch.Tensor) for key in quantization._thread.known for each in key)
+
+
+@pytest.mark.parametrize("which", ["x", "masked_m", "starts"])
+def test_freed_memory_is_not_read(which: str, emulator: casts.Emulator) -> None:
+    x, numbers = torch.ones(2, 128, 256), torch.zeros(2, dtype=INT)
+    blocks = torch.zeros(1, dtype=INT), torch.full((1,), 128, dtype=INT)
+    call = {
+        "x": lambda: quantize.per_token_cast_to_fp8(x),
+        "masked_m": lambda: quantize.swiglu_cast_to_fp8(x, masked_m=numbers),
+        "starts": lambda: quantize.transposed_cast_of_groups(x[0], *blocks),
+    }[which]
+    call(), call()
+    {"x": x, "masked_m": numbers, "starts": blocks[0]}[which].untyped_storage().resize_(0)
+    with pytest.raises(InvalidInputError, match="has no memory, expected one that holds values"):
+        call()
+
+
 def test_what_is_unlike_is_for_the_check(emulator: casts.Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     cast, x = quantize.per_token_cast_to_fp8, torch.ones(8, 256)
     cast(x), cast(x), cast(x, False, 128), cast(x, False, 128)

@@ -34,7 +34,7 @@ def described(tensors: Sequence[Any]) -> list[Any]:
     """What guard compares, without those of torch.compile."""
     modes = modes_at_work()
     return [
-        (type(x), x.dtype, x.device, x.shape, x.stride(), x.layout, x.is_neg(), x.requires_grad, modes) for x in tensors
+        (type(x), x.dtype, x.device, x.shape, x.stride(), _keys(x).raw_repr(), x.requires_grad, modes) for x in tensors
     ]
 
 
@@ -46,16 +46,21 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 _NONE: Any = torch._C._disabled_torch_dispatch_impl  # pyright: ignore
+_modes_before_dispatch: Callable[[], int] = torch._ops._len_torch_dispatch_stack_pre_dispatch  # pyright: ignore
+_transforms: Callable[[], Any] = torch._C._functorch.maybe_current_level  # pyright: ignore
+_keys: Callable[[torch.Tensor], Any] = torch._C._dispatch_keys  # pyright: ignore
 
 
-def watched(x: object) -> bool:
+def watched(*things: Any) -> bool:
     """Whether a call is to become an operator (operators.py) and is none yet: for PyTorch wants to see operators.
 
-    Where a mode traces or counts, or x is of a class that stands for something.
+    Where a mode traces or counts, torch.func transforms, or one of the things, tensors or pairs of tensors, is of a
+    class that stands for something.
     """
-    if not modes_at_work() and getattr(type(x), "__torch_dispatch__", _NONE) is _NONE:
-        return False
-    return not _thread.within
+    if modes_at_work() or _modes_before_dispatch() or _transforms() is not None:
+        return not _thread.within
+    tensors = (x for thing in things for x in (thing if isinstance(thing, (tuple, list)) else (thing,)))
+    return any(getattr(type(x), "__torch_dispatch__", _NONE) is not _NONE for x in tensors) and not _thread.within
 
 
 @contextmanager

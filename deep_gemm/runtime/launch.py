@@ -102,10 +102,11 @@ _P_A, _P_B, _P_B_SCALES, _P_C, _P_D, _P_LAYOUT = (
 )
 _P_COUNTER = (_Args.problem.offset + _ProblemArgs.counter.offset) // 4
 _DEFAULT_STREAM = -1
-_FORGOTTEN = object()  # the option that no call has
+DENSE = -1  # the option of a plain dense call, which no grouped one has
+_FORGOTTEN: Any = object()  # the option that no call has, and settings
 
 
-def again(a: Any, b: Any, d: Any, layout: Any = None, option: Any = 0) -> bool:
+def again(a: Any, b: Any, d: Any, layout: Any = None, option: Any = DENSE) -> bool:
     """Launches what this thread has launched before for operands that only have other addresses; whether there was any.
 
     If not, nothing has happened, and the operands are to be checked. a, b, d: as of a public call. layout: the tensor
@@ -136,23 +137,29 @@ def again(a: Any, b: Any, d: Any, layout: Any = None, option: Any = 0) -> bool:
             last.next = launcher
     except (KeyError, TypeError, ValueError, AttributeError):  # never seen, or no pairs of tensors
         return False
-    words = launcher.words
-    words[_A] = a_at = x.data_ptr()
-    words[_A_SCALES] = a_scales_at = x_scales.data_ptr()
-    words[_B] = b_at = y.data_ptr()
-    words[_P_B_SCALES] = b_scales_at = y_scales.data_ptr()
-    words[_D] = words[_P_D] = d_at = d.data_ptr()
+    a_at, a_scales_at, b_at, b_scales_at = x.data_ptr(), x_scales.data_ptr(), y.data_ptr(), y_scales.data_ptr()
+    d_at, layout_at = d.data_ptr(), 0 if layout is None else layout.data_ptr()
     if (a_at | a_scales_at | b_at | d_at) & 15 or not (a_at and a_scales_at and b_at and b_scales_at and d_at):
         return False
-    if layout is not None:
-        words[_P_LAYOUT] = layout.data_ptr()
+    if layout is not None and not layout_at:
+        return False
     if launcher.has_others and torch._C._cuda_getDevice() != launcher.index:  # pyright: ignore
         return False
     stream = launcher.current_stream(launcher.index)
     if stream != launcher.stream:
         launcher.change_stream(stream)
-    if launcher.counters is not None:
-        launcher.numbers[_P_COUNTER] = launcher.counters.take(stream)
+    counter = (
+        0 if launcher.counters is None else launcher.counters.take(stream)
+    )  # which may warn, and run what hears it
+    words = launcher.words
+    words[_A] = a_at
+    words[_A_SCALES] = a_scales_at
+    words[_B] = b_at
+    words[_P_B_SCALES] = b_scales_at
+    words[_D] = words[_P_D] = d_at
+    if layout is not None:
+        words[_P_LAYOUT] = layout_at
+        launcher.numbers[_P_COUNTER] = counter
     launcher.used = True
     launchers.last = launcher
     result = launcher.launch(launcher.config, launcher.kernel, launcher.parameters, 0)
@@ -253,17 +260,17 @@ class _Launcher:
 
         All are written every time, so nothing that an interrupt leaves half done is ever taken for known.
         """
+        stream = self.current_stream(self.index)
+        if stream != self.stream:
+            self.change_stream(stream)
+        counter = 0 if self.counters is None else self.counters.take(stream)  # which may warn: first
         words = self.words
         if self._maps:
             self._move(a=a, a_scales=a_scales, b=b, b_scales=b_scales, d=d)
         else:
             words[_A], words[_A_SCALES], words[_B], words[_B_SCALES], words[_D] = a, a_scales, b, b_scales, d
         words[_P_B_SCALES], words[_P_D], words[_P_LAYOUT], words[_P_C] = b_scales, d, layout, c
-        stream = self.current_stream(self.index)
-        if stream != self.stream:
-            self.change_stream(stream)
-        if self.counters is not None:
-            self.numbers[_P_COUNTER] = self.counters.take(stream)
+        self.numbers[_P_COUNTER] = counter
         if self._before is not None:
             words[_P_A], words[_P_B] = a, b
             self._before(stream)
@@ -334,7 +341,7 @@ class _Launchers:
     If there are too many, the oldest goes that has not been used again since it was last passed over.
     """
 
-    def __init__(self, settings_now: Config | None = None) -> None:
+    def __init__(self, settings_now: Config = _FORGOTTEN) -> None:
         self.settings = settings_now
         self.known: dict[Any, tuple[_Launcher, ...]] = {}
         self.last: Any = None

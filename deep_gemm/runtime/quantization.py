@@ -12,6 +12,7 @@ Rows and columns are those of memory: elements of a row are adjacent.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import InvalidInputError
 from . import device
 from .compiler import Source, cubin_for
 from .driver import bind_context, check, driver, load
@@ -117,8 +119,14 @@ def cast(
         counts: with "gated", int32 [G]: rows of every batch that are cast.
         starts, sizes: with "transposed" and G = 1, int32 [rows / 128]: of the group of every 128 rows.
 
-    Raises: CompileError, LaunchError, MissingKernelError.
+    Raises: InvalidInputError for freed memory; CompileError, LaunchError, MissingKernelError.
     """
+    for tensor in (x, counts, starts, sizes):
+        if tensor is not None and tensor.numel() and not tensor.data_ptr():
+            raise InvalidInputError(
+                f"a tensor of shape {tuple(tensor.shape)} has no memory, expected one that holds values: "
+                "its storage was freed"
+            )
     index = x.device.index
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
@@ -174,7 +182,7 @@ class _Known(NamedTuple):
 
 
 class _Thread(threading.local):
-    """known: calls, by function, size of x and options. last: the caster of the last cast that was checked."""
+    """known: calls, by their keys. last: the caster of the last cast that was checked, since nothing_cast."""
 
     last: _Caster | None = None
 
@@ -188,18 +196,25 @@ _thread = _Thread()
 def again(key: Any, x: torch.Tensor, counts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
     """What a cast returns that only has other addresses than one before; None if there was none, or x is for the check.
 
-    key: what tells calls apart whose tensors are alike, and the size of x.
+    key: what tells calls apart whose tensors are alike, the shape of x, and whether there are counts.
     """
     known = _thread.known.get(key)
     if known is None or modes_at_work() or not (known.fits(x) if counts is None else known.fits(x, counts)):
         return None
-    at, caster = x.data_ptr(), known.caster
-    if at % _BYTES or not at or (caster.has_others and torch._C._cuda_getDevice() != caster.index):  # pyright: ignore
+    at, caster, counts_at = x.data_ptr(), known.caster, 0 if counts is None else counts.data_ptr()
+    if at % _BYTES or not at or not (counts is None or counts_at):
+        return None
+    if caster.has_others and torch._C._cuda_getDevice() != caster.index:  # pyright: ignore
         return None
     values = torch.empty(known.shape, dtype=torch.float8_e4m3fn, device=known.device)
     scales = torch.empty_strided(known.scales_shape, known.scales_strides, dtype=torch.float32, device=known.device)
-    caster(at, values.data_ptr(), scales.data_ptr(), 0 if counts is None else counts.data_ptr())
+    caster(at, values.data_ptr(), scales.data_ptr(), counts_at)
     return values, scales
+
+
+def nothing_cast() -> None:
+    """Before a cast is checked: what was cast before it is not its own."""
+    _thread.last = None
 
 
 def remember(
@@ -207,10 +222,10 @@ def remember(
 ) -> None:
     """Keeps the last cast for `again`, if it read x and counts where they lie."""
     caster, _thread.last = _thread.last, None
-    if caster is None or not caster.read(x, counts):
+    if caster is None or type(values) is not torch.Tensor or not caster.read(x, counts):
         return
     fits = guard([x] if counts is None else [x, counts])
-    if len(_thread.known) >= MAX_KNOWN:
+    if key not in _thread.known and len(_thread.known) >= MAX_KNOWN:
         _thread.known.pop(next(iter(_thread.known)))
     _thread.known[key] = _Known(fits, caster, x.device, values.shape, scales.shape, scales.stride())
 
@@ -282,6 +297,16 @@ def prepare(index: int, entry: str) -> Any:
     """One of ENTRIES, compiled and loaded at the device's first use of it; None unless the device is a Hopper GPU."""
     with _lock:
         return _kernel(index, entry)
+
+
+def _forget() -> None:
+    """In a child process, which has none of its parent's contexts, nor whoever holds a lock."""
+    global _lock, _thread
+    _lock, _thread = threading.Lock(), _Thread()
+    _kernel.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 @cache

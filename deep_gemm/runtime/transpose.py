@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import threading
 from functools import cache, lru_cache
 from pathlib import Path
@@ -128,6 +129,16 @@ def prepare(index: int) -> Any:
     """The kernel, compiled and loaded at the device's first use of it; None unless the device is a Hopper GPU."""
     with _lock:
         return _kernel(index)
+
+
+def _forget() -> None:
+    """In a child process, which has none of its parent's contexts, nor whoever holds a lock."""
+    global _lock
+    _lock = threading.Lock()
+    _kernel.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 @cache
