@@ -11,6 +11,9 @@ Forward and gradients are operators, torch.ops.deep_gemm.linear and so on: torch
 one. The gradient of what has requires_grad=False is not computed. Gradients of gradients raise NotImplementedError.
 Under torch.autocast x is first converted to its dtype, as for torch.nn.functional.linear; nothing else changes.
 
+Casts take an amax of at least 1e-4, so what of a gradient is below about 3e-9 loses bits, and is zero below 2e-10:
+where a loss is a mean of very many tokens, multiply it, and divide what the optimizer gets, as for FP16.
+
 Source: DeepSeek-V3 report (arXiv 2412.19437), section 3.3: which multiplications are in FP8, and what shares a scale.
 """
 
@@ -49,7 +52,8 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
 
     Result: [.., N] in x's dtype; the multiplication has rounded it to BF16, whatever that is. N that is no multiple of
     8 (16 for the gradient of x) and K that is none of 16 are filled up with zeros, which costs a copy. Gradients have
-    the dtypes of what they belong to; the weight's is computed in FP32.
+    the dtypes of what they belong to; the weight's is computed in FP32. What is below about 3e-9 in the result's
+    gradient loses bits: multiply the loss, as for FP16.
 
     Raises: InvalidInputError; NotImplementedError for gradients of gradients; as `fp8_gemm_nt`.
     """
@@ -102,7 +106,9 @@ def multiplied(x: torch.Tensor, k: int) -> torch.Tensor:
             "K is the last dimension of both"
         )
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def _weight(weight: Weight, dims: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -251,7 +257,8 @@ def _blocks(layout: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tens
     """
     first, behind = _first_rows(layout, groups)
     end = (behind[-1:] + BLOCK - 1) // BLOCK * BLOCK
-    starts = first[1:] // BLOCK * BLOCK  # a group's first row may be padding
+    # A group's first row may be padding; where no group follows, first is behind the last row, and that anywhere.
+    starts = torch.where(first[1:] < layout.shape[0], first[1:] // BLOCK * BLOCK, end)
     bounds = torch.cat((torch.zeros_like(end), torch.minimum(starts, end), end))
     ks = bounds.diff()
     row = torch.arange(0, layout.shape[0], BLOCK, device=layout.device)

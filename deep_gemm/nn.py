@@ -2,13 +2,11 @@
 
 Weights are in one of two states:
 
-    master   a float Parameter that is trained, and quantised in every call. In eval under torch.no_grad() it is so
-             once, until it changes; not while torch.compile traces or a CUDA graph is captured, which see it change.
+    master   a float Parameter that is trained, and quantised in every call; `quantize_()` is what gives speed
     frozen   E4M3 values and FP32 scales per 128x128, as in DeepSeek's checkpoints, without a gradient
 
 A state dict has DeepSeek's names and the layer's own sizes, whatever is filled up inside. `.to(dtype)`, `.half()` and
-their like move frozen weights, and leave their bits as they are. What changes a master weight behind PyTorch's back
-(through `.data`, in place) is not seen in eval: call `.train()` or `.eval()`, which forget.
+their like move frozen weights, and leave their bits as they are.
 """
 
 from __future__ import annotations
@@ -16,9 +14,10 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 
@@ -29,21 +28,12 @@ from .layout import align, ceil_div, get_mk_alignment_for_contiguous_layout, is_
 from .problem import E4M3, Pair
 from .quantize import per_block_cast_to_fp8, swiglu_cast_to_fp8
 
-M = TypeVar("M", bound="_Layer")
 Source: TypeAlias = "str | Path | Mapping[str, torch.Tensor]"
 
 SCALES = "_scale_inv"  # behind the name of a weight, that of its scales; they multiply, whatever the name says
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes: what .half() leaves alone
 _READ_WEIGHTS_THEMSELVES = torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer
 _SLAB = 4096  # rows that are quantised at once: in FP32 all of a vocabulary fills gigabytes
-
-
-class _Quantised(NamedTuple):
-    """A master weight as it was quantised. `weight` keeps its memory, so that nothing else gets its address."""
-
-    weight: torch.Tensor
-    version: int
-    pair: Pair
 
 
 class _Layer(torch.nn.Module):
@@ -55,10 +45,6 @@ class _Layer(torch.nn.Module):
 
     bits_stay: tuple[str, ...] = ()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._quantised: dict[str, _Quantised] = {}
-
     def _whole(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """A master weight as it is multiplied with."""
         return weight
@@ -66,28 +52,14 @@ class _Layer(torch.nn.Module):
     def _freeze(self, name: str, pair: Pair) -> None:
         for each, x in zip((name, name + SCALES), pair, strict=True):
             setattr(self, each, torch.nn.Parameter(x, requires_grad=False))
-        self._quantised.pop(name, None)
 
     def _operand(self, name: str) -> functional.Weight:
         """What a call multiplies with."""
         weight, scales = getattr(self, name), getattr(self, name + SCALES)
-        if scales is not None:
-            return weight, scales
-        if self.training or torch.is_grad_enabled() or not _lasts(weight):
-            return self._whole(name, weight)
-        known = self._quantised.get(name)
-        if known is None or known.version != weight._version or not _is_same(known.weight, weight):
-            known = _Quantised(weight.detach(), weight._version, _cast(self._whole(name, weight)))
-            self._quantised[name] = known
-        return known.pair
-
-    def train(self: M, mode: bool = True) -> M:
-        self._quantised.clear()
-        return super().train(mode)
+        return self._whole(name, weight) if scales is None else (weight, scales)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Layer:
         """As of torch.nn.Module, but of tensors whose bits stay fn sees integers."""
-        self._quantised.clear()
         frozen = [x for name in self._parameters if (x := getattr(self, name)) is not None and name.endswith(SCALES)]
         frozen += [x for x in self._parameters.values() if x is not None and x.dtype == E4M3]
         stay = {id(x) for x in (*frozen, *(getattr(self, name) for name in self.bits_stay)) if x is not None}
@@ -100,9 +72,6 @@ class _Layer(torch.nn.Module):
             return (moved if moved.dtype == bits.dtype else bits.to(moved.device)).view(x.dtype)
 
         return super()._apply(apply, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_quantised": {}}
 
 
 class Linear(_Layer):
@@ -150,11 +119,10 @@ class Linear(_Layer):
         """Draws a new master weight and bias as torch.nn.Linear does. Raises: InvalidInputError if frozen."""
         if self.is_frozen:
             raise InvalidInputError("the layer is frozen in FP8, expected a master weight: make a new Linear")
-        if not self.weight.numel():
-            return
-        torch.nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.weight.numel():
+            torch.nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features)
+            bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
             torch.nn.init.uniform_(self.bias, -bound, bound)
 
     @property
@@ -184,7 +152,7 @@ class Linear(_Layer):
         _check_dtype(linear.weight.dtype)
         weight: Any = linear.weight  # a Parameter, whatever its annotation
         bias: Any = linear.bias  # or None
-        layer = cls(linear.in_features, linear.out_features, bias is not None, "meta")
+        layer = cls(linear.in_features, linear.out_features, bias is not None, "meta", weight.dtype)
         layer.weight, layer.bias = weight, bias
         layer.train(linear.training)
         return layer if keep_master else layer.quantize_()
@@ -212,8 +180,8 @@ class Linear(_Layer):
         weight = checkpoint.read("weight", device)
         if weight.dim() != 2:
             raise checkpoint.misfit("weight", weight, "[out_features, in_features]")
-        bias = checkpoint.read("bias", device) if checkpoint.has("bias") else None
-        layer = cls(weight.shape[1], weight.shape[0], bias is not None, "meta")
+        bias = checkpoint.read_float("bias", device, weight.shape[:1]) if checkpoint.has("bias") else None
+        layer = cls(weight.shape[1], weight.shape[0], bias is not None, "meta", torch.float32)
         layer.bias = None if bias is None else torch.nn.Parameter(bias)
         if weight.dtype == E4M3:
             if keep_master:
@@ -259,7 +227,6 @@ class Linear(_Layer):
         weight, scales = self.weight, self.weight_scale_inv
         if scales is not None and (_settled(weight) is not weight or scales.dtype != torch.float32):
             self._freeze("weight", (_settled(weight.detach()), scales.detach().float()))  # assigned as they came
-        self._quantised.clear()
 
 
 def replace_linear(
@@ -268,7 +235,7 @@ def replace_linear(
     """Puts a Linear in the place of every torch.nn.Linear of a model, and returns the model.
 
     Left alone are subclasses of it, and what is within torch.nn.MultiheadAttention and TransformerEncoderLayer, which
-    read weights themselves. What is there twice stays one layer.
+    read weights themselves, and layers with hooks. What is there twice stays one layer.
 
     Args:
         module: changed in place; if it is a torch.nn.Linear itself, only what is returned is new.
@@ -277,7 +244,9 @@ def replace_linear(
 
     Raises: InvalidInputError.
     """
-    if type(module) is torch.nn.Linear:
+    if isinstance(skip, str):
+        raise InvalidInputError(f"skip is the str {skip!r}, expected names, or a function of one: pass [{skip!r}]")
+    if _is_plain(module):
         return Linear.from_linear(module, keep_master)
     is_skipped = skip if callable(skip) else skip.__contains__
     new: dict[torch.nn.Module, Linear] = {}
@@ -287,7 +256,7 @@ def replace_linear(
             continue
         if isinstance(child, _READ_WEIGHTS_THEMSELVES) or (name and is_skipped(name)):
             left += (f"{name}." if name else "",)
-        elif type(child) is torch.nn.Linear:
+        elif _is_plain(child):
             if child not in new:
                 new[child] = Linear.from_linear(child, keep_master)
             parent, _, own = name.rpartition(".")
@@ -337,7 +306,8 @@ class Router(_Layer):
 
         Raises: what torch.nn.functional.linear raises.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             logits = torch.nn.functional.linear(x.float(), self.weight.float())
         scores = logits.softmax(-1) if self.scoring == "softmax" else logits.sigmoid()
         chosen_by = scores.detach()
@@ -559,19 +529,20 @@ class GroupedExperts(_Layer):
         names that the class lists, one expert at a time. Raises: InvalidInputError.
         """
         checkpoint = _Checkpoint(source, prefix)
-        router, first = checkpoint.read("gate.weight", device), checkpoint.read("experts.0.gate_proj.weight", "cpu")
-        for name, x, want in (("gate.weight", router, "[E, H]"), ("experts.0.gate_proj.weight", first, "[I, H]")):
-            if x.dim() != 2:
-                raise checkpoint.misfit(name, x, want)
+        first = checkpoint.read("experts.0.gate_proj.weight", "cpu")
+        if first.dim() != 2:
+            raise checkpoint.misfit("experts.0.gate_proj.weight", first, "[I, H]")
+        router = checkpoint.read_float("gate.weight", device, (None, first.shape[1]))
         options.setdefault("correction_bias", checkpoint.has("gate.e_score_correction_bias"))
+        options.setdefault("dtype", torch.float32)
         layer = cls(first.shape[1], first.shape[0], router.shape[0], top_k, device="meta", **options)
         layer.gate.weight = torch.nn.Parameter(router)
         if layer.gate.e_score_correction_bias is not None:
-            bias = checkpoint.read("gate.e_score_correction_bias", device).float()
-            layer.gate.e_score_correction_bias = bias
+            bias = checkpoint.read_float("gate.e_score_correction_bias", device, router.shape[:1])
+            layer.gate.e_score_correction_bias = bias.float()
         if first.dtype == E4M3 and keep_master:
             raise InvalidInputError(f"{checkpoint} has FP8 weights, expected float ones: pass keep_master=False")
-        layer._allocate(not keep_master, "cpu" if device is None else device, first.dtype)
+        layer._allocate(not keep_master, router.device if device is None else device, first.dtype)
         layer._take(lambda name: checkpoint.read(name, device))
         return layer
 
@@ -611,24 +582,11 @@ class GroupedExperts(_Layer):
             for x in (self.gate_up_proj, self.down_proj):
                 x.view(torch.uint8).zero_()  # what is filled up
         for name, weight, scales in self._experts():
-            x = read(name)
-            if x.shape != weight.shape or x.dtype not in (E4M3, *FLOATS):
-                raise InvalidInputError(
-                    f"{name} is {x.dtype} of shape {tuple(x.shape)}, expected {tuple(weight.shape)}, E4M3 or a float: "
-                    "all experts have the sizes of the layer"
-                )
-            if scales is None:
-                weight.copy_(x)
-                continue
-            if x.dtype == E4M3:
-                x_scales = read(name + SCALES)
-                if complaint := _why_not(x, x_scales):
-                    raise InvalidInputError(f"{name} is E4M3, but {name}{SCALES} {complaint}")
-            else:
-                x, x_scales = _cast(x)
+            x, x_scales = _fitting(read, name, weight.shape, scales is not None)
+            if scales is not None:
+                x, x_scales = _cast(x) if x_scales is None else (x, x_scales)
+                scales.copy_(x_scales)
             weight.copy_(x)
-            scales.copy_(x_scales)
-        self._quantised.clear()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, weight, scales in self._experts():
@@ -659,8 +617,6 @@ class GroupedExperts(_Layer):
         device, dtype = self.gate_up_proj.device, self.gate_up_proj.dtype
         if local_metadata.get("assign_to_params_buffers") and device.type == "meta":
             device, dtype = first.device, first.dtype
-        if (self.is_frozen, self.gate_up_proj.device) != (frozen, device):
-            self._allocate(frozen, device, dtype)
 
         def read(name: str) -> torch.Tensor:
             if prefix + name not in state_dict:
@@ -668,9 +624,14 @@ class GroupedExperts(_Layer):
             return state_dict[prefix + name]
 
         try:
-            self._take(read)
+            for name, weight, _ in self._experts():  # all of them, before anything changes
+                _fitting(read, name, weight.shape, frozen)
         except InvalidInputError as error:
             error_msgs.append(f"{prefix}{error}")
+            return
+        if (self.is_frozen, self.gate_up_proj.device) != (frozen, device):
+            self._allocate(frozen, device, dtype)
+        self._take(read)
 
     def extra_repr(self) -> str:
         weight = "FP8" if self.is_frozen else str(self.gate_up_proj.dtype).removeprefix("torch.")
@@ -703,8 +664,17 @@ class _Checkpoint:
             similar = ", ".join(difflib.get_close_matches(key, self._where)) or "nothing like it"
             raise InvalidInputError(f"{self} has no {key}, expected it below the prefix: there is {similar}")
         where = self._where[key]
-        x = self._open(where).get_tensor(key) if isinstance(where, Path) else where.detach()
+        x = self._in_file(where, key) if isinstance(where, Path) else where.detach()
         return x.to(x.device if device is None else device, copy=True).contiguous()
+
+    def read_float(self, name: str, device: torch.device | str | None, shape: Sequence[int | None]) -> torch.Tensor:
+        """What has no scales, of this shape (None: any size). Raises: InvalidInputError."""
+        x = self.read(name, device)
+        fits = x.dim() == len(shape) and all(want in (None, size) for size, want in zip(x.shape, shape, strict=True))
+        if not fits or x.dtype not in FLOATS:
+            want = ", ".join("any" if size is None else str(size) for size in shape)
+            raise self.misfit(name, x, f"[{want}] of BF16, FP16 or FP32")
+        return x
 
     def scales_of(self, name: str, weight: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
         """The scales that an E4M3 weight has, in FP32. Raises: InvalidInputError."""
@@ -715,7 +685,8 @@ class _Checkpoint:
 
     def misfit(self, name: str, x: torch.Tensor, want: str) -> InvalidInputError:
         return InvalidInputError(
-            f"{self}: {self._prefix}{name} has shape {tuple(x.shape)}, expected {want}: is the prefix that of a layer?"
+            f"{self}: {self._prefix}{name} has shape {tuple(x.shape)} and is {x.dtype}, expected {want}: "
+            "is the prefix that of a layer?"
         )
 
     def _found(self, path: Path) -> dict[str, torch.Tensor | Path]:
@@ -724,13 +695,26 @@ class _Checkpoint:
         if index.name.endswith(".index.json") and index.is_file():
             try:
                 names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                return {name: index.parent / file for name, file in names.items()}
+                outside = [file for file in names.values() if Path(file).name != file]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InvalidInputError(
                     f"{index} has no weight_map, expected an index of safetensors: {error}"
                 ) from None
+            if outside:
+                raise InvalidInputError(
+                    f"{index} names {outside[0]!r}, expected names of files beside it: nothing elsewhere is read"
+                )
+            return {name: index.parent / file for name, file in names.items()}
         file = path / "model.safetensors" if path.is_dir() else path
         return dict.fromkeys(self._open(file).keys(), file)
+
+    def _in_file(self, file: Path, key: str) -> torch.Tensor:
+        from safetensors import SafetensorError
+
+        try:
+            return self._open(file).get_tensor(key)
+        except SafetensorError as error:
+            raise InvalidInputError(f"{file} gives no {key}, expected what the index says: {error}") from None
 
     def _open(self, file: Path) -> Any:
         from safetensors import SafetensorError, safe_open
@@ -747,26 +731,38 @@ class _Checkpoint:
 
 
 def _cast(weight: torch.Tensor) -> Pair:
-    """weight [.., N, K] quantised per 128x128, without a gradient."""
-    if weight.dim() == 3:
-        pairs = [_cast(each) for each in weight]
-        return torch.stack([values for values, _ in pairs]), torch.stack([scales for _, scales in pairs])
-    pairs = [per_block_cast_to_fp8(slab) for slab in weight.split(_SLAB)]
-    return pairs[0] if len(pairs) == 1 else (torch.cat([v for v, _ in pairs]), torch.cat([s for _, s in pairs]))
+    """weight [.., N, K] quantised per 128x128, without a gradient; under autocast, too, which torch.cat is not."""
+    rows, columns = weight.shape[-2:]
+    batch = weight.detach() if weight.dim() == 3 else weight.detach()[None]
+    blocks = ceil_div(rows, BLOCK), ceil_div(columns, BLOCK)
+    values = torch.empty(batch.shape, dtype=E4M3, device=weight.device)
+    scales = torch.empty(batch.shape[0], *blocks, dtype=torch.float32, device=weight.device)
+    for each, own, own_scales in zip(batch, values, scales, strict=True):
+        for first in range(0, rows, _SLAB):
+            slab = per_block_cast_to_fp8(each[first : first + _SLAB])
+            own[first : first + _SLAB].copy_(slab[0])
+            own_scales[first // BLOCK : (first + _SLAB) // BLOCK].copy_(slab[1])
+    return (values, scales) if weight.dim() == 3 else (values[0], scales[0])
 
 
-def _lasts(weight: torch.Tensor) -> bool:
-    """Whether a weight can be recognised, and what is made of it now is there later."""
-    if torch.compiler.is_compiling() or type(weight) not in (torch.Tensor, torch.nn.Parameter):
-        return False
-    return not (
-        weight.is_inference() or weight.is_meta or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
-
-
-def _is_same(x: torch.Tensor, y: torch.Tensor) -> bool:
-    one, other = ((t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in (x, y))
-    return one == other
+def _fitting(
+    read: Callable[[str], torch.Tensor], name: str, shape: torch.Size, frozen: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An expert's weight, and if it is E4M3 its scales. Raises: InvalidInputError for what does not fit."""
+    x = read(name)
+    if x.shape != shape or x.dtype not in (E4M3, *FLOATS):
+        raise InvalidInputError(
+            f"{name} is {x.dtype} of shape {tuple(x.shape)}, expected {tuple(shape)}, E4M3 or a float: "
+            "all experts have the sizes of the layer"
+        )
+    if x.dtype != E4M3:
+        return x, None
+    if not frozen:
+        raise InvalidInputError(f"{name} is FP8, expected a float as the others: pass keep_master=False")
+    scales = read(name + SCALES)
+    if complaint := _why_not(x, scales):
+        raise InvalidInputError(f"{name} is E4M3, but {name}{SCALES} {complaint}")
+    return x, scales
 
 
 def _settled(values: torch.Tensor) -> torch.Tensor:
@@ -783,6 +779,12 @@ def _why_not(values: torch.Tensor, scales: object) -> str | None:
     if tuple(scales.shape) != want:
         return f"has shape {tuple(scales.shape)}, expected {want}: a scale per 128x128"
     return None if scales.is_floating_point() else f"is {scales.dtype}, expected FP32"
+
+
+def _is_plain(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
+    """Whether a module is a torch.nn.Linear that does nothing else."""
+    hooks = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+    return type(module) is torch.nn.Linear and not any(getattr(module, name) for name in hooks)
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:
@@ -820,6 +822,7 @@ def _contiguous(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, 
     flat, rank, count = _ranks(experts, num_experts)
     padded = (count + alignment - 1) // alignment * alignment
     position = (padded.cumsum(0) - padded)[flat] + rank
-    most = align(flat.shape[0] + min(num_experts, flat.shape[0]) * (alignment - 1), alignment)
+    most = flat.shape[0] + min(num_experts, flat.shape[0]) * (alignment - 1)
+    most = -(-most // alignment) * alignment  # not align(), for torch.export may not know the number
     layout = torch.full((most,), -1, dtype=torch.int32, device=flat.device)
     return position, layout.index_copy_(0, position, flat.int())

@@ -261,6 +261,24 @@ def test_autocast(device: str) -> None:
         assert functional.linear(x, w).dtype == torch.float32
 
 
+@on_each_device
+def test_gradients_of_a_small_loss_need_it_multiplied(device: str) -> None:
+    x, w = randn(64, 64, device=device), randn(48, 64, device=device)
+    dy = 1e-10 * randn(64, 48, device=device)
+    errors = []
+    for scale in (1.0, 2.0**20):
+        given = leaves(x, w)
+        (functional.linear(*given) * (dy * scale)).sum().backward()
+        pairs = [(given[0].grad / scale, dy @ w), (given[1].grad / scale, dy.T @ x)]
+        errors.append([float((got - want).norm() / want.norm()) for got, want in pairs])
+    assert min(errors[0]) > 0.3 and max(errors[1]) < 0.045
+
+
+def test_meta_tensors_have_no_autocast() -> None:
+    x = torch.ones(5, 64, device="meta")
+    assert functional.linear(x, torch.ones(48, 64, device="meta")).shape == (5, 48)
+
+
 @pytest.fixture
 def comparable(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's check of schemas compares inputs before and after with allclose, which E4M3 does not have."""
@@ -373,6 +391,8 @@ LAYOUTS: dict[str, tuple[list[int], int | None, int]] = {  # rows of each group;
     "empty groups": ([0, 70, 0, 0, 190, 0], 1024, 0),
     "gaps": ([100, 0, 129], 2304, 1),
     "cut": ([100, 30], None, 0),
+    "cut, and no more": ([100, 30, 0, 0], None, 0),
+    "one alignment each": ([64, 64, 64, 64], None, 0),
     "nothing": ([0, 0], 256, 0),
 }
 

@@ -73,7 +73,9 @@ def test_a_new_layer_is_as_pytorch_s() -> None:
     bound = 1 / math.sqrt(300)
     for x in (layer.weight, layer.bias):
         assert 0.9 * bound < float(x.detach().abs().max()) <= bound
-    assert nn.Linear(0, 4)(torch.ones(3, 0)).shape == (3, 4) and nn.Linear(4, 0)(torch.ones(3, 4)).shape == (3, 0)
+    assert torch.equal(nn.Linear(0, 4)(torch.ones(3, 0)), torch.zeros(3, 4)) and nn.Linear(4, 0)(
+        torch.ones(3, 4)
+    ).shape == (3, 0)
     assert repr(layer) == "Linear(300, 200, bias=True, weight=float32)"
     assert repr(nn.Linear(3, 4, bias=False, dtype=torch.bfloat16).quantize_()) == "Linear(3, 4, bias=False, weight=FP8)"
     with pytest.raises(InvalidInputError, match=r"the layer is frozen in FP8, expected a master weight"):
@@ -82,68 +84,64 @@ def test_a_new_layer_is_as_pytorch_s() -> None:
         nn.Linear(3, 4, dtype=torch.float64)
 
 
-@pytest.fixture
-def casts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
-    """The shapes of the weights that are quantised to be kept."""
-    seen: list[tuple[int, ...]] = []
+@on_each_device
+def test_in_eval_master_weights_are_quantised_in_every_call(device: str) -> None:
+    layer, x = nn.Linear(64, 32, device=device).eval(), torch.randn(8, 64, device=device)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1, fused=True)  # which does not raise _version
 
-    def counted(x: torch.Tensor) -> Any:
-        seen.append(tuple(x.shape))
-        return per_block_cast_to_fp8(x)
+    def check() -> None:
+        with torch.no_grad():
+            assert torch.equal(layer(x), functional.linear(x, layer.weight.detach(), layer.bias))
 
-    monkeypatch.setattr(nn, "per_block_cast_to_fp8", counted)
-    yield seen
+    check()
+    layer(x).sum().backward()
+    optimizer.step()
+    check()
+    layer.weight.data += 1
+    check()
+    with torch.inference_mode():
+        layer.weight.mul_(2)
+    check()
 
 
 @on_each_device
-def test_in_eval_weights_are_quantised_when_they_change(device: str, casts: list[Any]) -> None:
-    layer, x = nn.Linear(64, 32, device=device), torch.randn(8, 64, device=device)
-
-    def check(count: int) -> None:
-        casts.clear()
-        with torch.no_grad():
-            for _ in range(2):
-                assert torch.equal(layer(x), functional.linear(x, layer.weight.detach(), layer.bias))
-        assert len(casts) == count
-
-    check(0)  # in training every call quantises its own
-    layer.eval()
-    check(1)
-    check(0)
-    with torch.inference_mode():
-        layer(x)
-    assert not casts
-    layer(x).sum().backward()  # gradients are recorded
-    assert not casts and layer.weight.grad is not None
-    torch.optim.SGD(layer.parameters(), 0.1).step()
-    check(1)
-    with torch.no_grad():
-        layer.weight[3] += 1
-    check(1)
-    for _ in range(2):  # the second may have the address of the first
-        layer.weight.data = torch.randn_like(layer.weight)
-        check(1)
-    layer.load_state_dict(nn.Linear(64, 32).state_dict())
-    check(1)
-    layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight))
-    check(1)
-    layer.weight.data += 1  # which PyTorch does not count
-    layer.eval()
-    check(1)
-    layer.bfloat16()
-    check(1)
-    copied = copy.deepcopy(layer)
-    assert not copied._quantised and layer._quantised
-    layer = copied
-    check(1)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_layers_under_autocast(device: str, dtype: torch.dtype) -> None:
+    linear = nn.Linear(64, 5000, device=device).eval()  # more rows than are quantised at once
+    experts = nn.GroupedExperts(64, 70, 4, 2, device=device).eval()
+    x = torch.randn(5, 64, device=device)
+    with torch.no_grad(), torch.autocast(device, dtype):
+        for layer, calls in ((linear, [()]), (experts, [("contiguous",), ("masked",)])):
+            frozen = copy.deepcopy(layer).quantize_()
+            for args in calls:
+                y = layer(x, *args)
+                assert y.dtype == dtype and torch.equal(frozen(x, *args), y)
+    assert same(frozen, copy.deepcopy(experts).quantize_())
+    values, scales = per_block_cast_to_fp8(linear.weight)
+    linear.quantize_()
+    assert torch.equal(bits(linear.weight), bits(values)) and torch.equal(linear.weight_scale_inv, scales)
 
 
-def test_weights_made_in_inference_mode_are_quantised_every_time(casts: list[Any]) -> None:
-    with torch.inference_mode():
-        layer, x = nn.Linear(64, 32).eval(), torch.randn(8, 64)
-        first = layer(x)
-        layer.weight.mul_(2)
-        assert not torch.equal(layer(x), first) and not casts
+def test_meta_layers_are_called() -> None:
+    x = torch.ones(5, 64, device="meta")
+    for layer in (nn.Linear(64, 32, device="meta"), nn.GroupedExperts(64, 64, 4, 2, device="meta")):
+        assert layer(x).shape[0] == layer.quantize_()(x).shape[0] == 5
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def test_the_default_dtype_is_that_of_new_layers_only(float64: None) -> None:
+    linear = torch.nn.Linear(64, 32, dtype=torch.float32)
+    assert nn.Linear.from_linear(linear, keep_master=True).weight is linear.weight
+    assert nn.Linear.from_checkpoint(linear.state_dict()).is_frozen
+    experts = nn.GroupedExperts(64, 64, 2, 1, dtype=torch.float32)
+    assert nn.GroupedExperts.from_checkpoint(experts.state_dict(), "", 1).is_frozen
 
 
 @on_each_device
@@ -209,6 +207,9 @@ def test_what_is_loaded_is_settled() -> None:
     weight = layer.weight
     layer.load_state_dict(frozen.state_dict())
     assert layer.weight is weight  # optimizers and others hold on to it
+    strided = frozen.weight.detach().mT.contiguous().mT
+    layer.load_state_dict({**frozen.state_dict(), "weight": strided}, assign=True)
+    assert layer.weight.is_contiguous() and torch.equal(bits(layer.weight), bits(frozen.weight))
 
 
 def test_state_dicts_that_do_not_fit() -> None:
@@ -331,11 +332,18 @@ def test_checkpoints_that_do_not_fit(checkpoint: tuple[Path, dict[str, torch.Ten
     empty.mkdir()
     broken = tmp_path / "broken.index.json"
     broken.write_text("{}")
+    outside, lacks = tmp_path / "outside.index.json", tmp_path / "lacks.index.json"
+    outside.write_text(json.dumps({"weight_map": {"weight": "../x.safetensors"}}))
+    lacks.write_text(json.dumps({"weight_map": {"weight": "x.safetensors"}}))
+    save_file({"other": torch.ones(1)}, tmp_path / "x.safetensors")
     for args, message in (
         ((folder, "model.c"), r"has no model\.c\.weight, expected it below the prefix: there is .*model\.a\.weight"),
         ((state, "elsewhere"), r"the state dict has no elsewhere\.weight"),
         ((folder, "model.a", True), r"has an FP8 weight, expected a float one: pass keep_master=False"),
-        (({"weight": torch.ones(3)},), r"weight has shape \(3,\), expected \[out_features, in_features\]"),
+        (
+            ({"weight": torch.ones(3)},),
+            r"weight has shape \(3,\) and is torch\.float32, expected \[out_features, in_features\]",
+        ),
         (({"weight": state["model.a.weight"]},), r"the state dict has no weight_scale_inv"),
         (({"weight": torch.ones(3, 3).double()},), r"dtype is torch\.float64, expected BF16, FP16 or FP32"),
         (
@@ -344,6 +352,10 @@ def test_checkpoints_that_do_not_fit(checkpoint: tuple[Path, dict[str, torch.Ten
         ),
         ((empty,), r"model\.safetensors cannot be read, expected a safetensors file, or a folder with"),
         ((tmp_path / "nothing",), r"nothing cannot be read, expected a safetensors file"),
+        ((outside,), r"outside\.index\.json names '\.\./x\.safetensors', expected names of files beside it"),
+        ((lacks,), r"x\.safetensors gives no weight, expected what the index says"),
+        (({"weight": torch.ones(3, 3), "bias": torch.ones(4)},), r"bias has shape \(4,\) and is .*, expected \[3\]"),
+        (({"weight": torch.ones(3, 3), "bias": torch.ones(3).int()},), r"bias has shape \(3,\) and is torch\.int32"),
         ((broken,), r"broken\.index\.json has no weight_map, expected an index of safetensors"),
     ):
         with pytest.raises(InvalidInputError, match=message):
@@ -383,6 +395,13 @@ def test_replacing_linear_layers() -> None:
         model = nn.replace_linear(Model(), keep_master=True, skip=skip)
         assert type(model.head) is type(model.inner[2]) is torch.nn.Linear and type(model.shared) is nn.Linear
         assert not model.shared.is_frozen
+    with pytest.raises(InvalidInputError, match=r"skip is the str 'head', expected names, .*: pass \['head'\]"):
+        nn.replace_linear(Model(), skip="head")
+    model = Model()
+    model.head.register_forward_hook(lambda *args: None)
+    model.inner[2].register_full_backward_hook(lambda *args: None)
+    nn.replace_linear(model)
+    assert type(model.head) is type(model.inner[2]) is torch.nn.Linear and type(model.shared) is nn.Linear
     single = torch.nn.Linear(3, 4)
     assert isinstance(nn.replace_linear(single), nn.Linear)
     attention = torch.nn.MultiheadAttention(32, 2)
@@ -509,6 +528,17 @@ def test_the_router_token_by_token(options: str) -> None:
             assert weight == pytest.approx(scores[i] / total * given.get("scaling", 1.0), rel=1e-5)
 
 
+def test_what_the_chosen_count_adds_up_to_one() -> None:
+    router = experts_of("whole", "softmax").gate
+    router.scoring = "sigmoid"
+    with torch.no_grad():
+        router.weight.fill_(-1)
+        _, weights = router(torch.full((2, 128), 0.2))  # sigmoids of -26
+        assert torch.allclose(weights.sum(-1), torch.ones(2), rtol=1e-5)
+        _, weights = router(torch.full((2, 128), 100.0))  # sigmoids that are zero
+    assert not weights.any()
+
+
 @on_each_device
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("options", OPTIONS)
@@ -632,7 +662,7 @@ def test_states_of_experts(sizes: str) -> None:
 def test_experts_from_checkpoints(sizes: str, tmp_path: Path) -> None:
     layer = experts_of(sizes, "deepseek")
     frozen = copy.deepcopy(layer).quantize_()
-    top_k = SIZES[sizes][3]
+    hidden, top_k = SIZES[sizes][0], SIZES[sizes][3]
     options = {name: x for name, x in OPTIONS["deepseek"].items() if name != "correction_bias"}
     for each, keep_master, want in ((frozen, False, frozen), (layer, False, frozen), (layer, True, layer)):
         state = {f"model.layers.3.mlp.{name}": x for name, x in each.state_dict().items()}
@@ -652,28 +682,69 @@ def test_experts_from_checkpoints(sizes: str, tmp_path: Path) -> None:
             r"experts\.5\.up_proj\.weight is torch\.float32 of shape \(3, 3\)",
         ),
         ({"experts.5.up_proj.weight_scale_inv": torch.ones(3, 9)}, r"weight_scale_inv has shape \(3, 9\), expected"),
-        ({"gate.weight": torch.ones(3)}, r"gate\.weight has shape \(3,\), expected \[E, H\]"),
+        ({"gate.weight": torch.ones(3)}, r"gate\.weight has shape \(3,\) and is torch\.float32, expected \[any, "),
+        ({"gate.weight": torch.ones(8, hidden).to(E4M3)}, r"gate\.weight has shape .* and is torch\.float8_e4m3fn"),
+        ({"gate.e_score_correction_bias": torch.ones(7)}, r"correction_bias has shape \(7,\) .*, expected \[8\]"),
     ):
         broken = {name: x for name, x in {**state, **change}.items() if x is not None}
         with pytest.raises(InvalidInputError, match=message):
             nn.GroupedExperts.from_checkpoint(broken, "", top_k, **options)
-        if "gate.weight" not in change:
+        if not any("gate." in name for name in change):
             with pytest.raises(RuntimeError, match=r"experts\.5\.up_proj\.weight"):
                 experts_of(sizes, "deepseek").load_state_dict(broken)
     with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"shared\.weight\""):
         layer.load_state_dict({**layer.state_dict(), "shared.weight": torch.ones(1)})
 
 
-def test_in_eval_experts_are_quantised_when_they_change(casts: list[Any]) -> None:
-    layer = experts_of("odd", "softmax").eval()
-    x = torch.randn(6, layer.hidden)
+def test_mixed_checkpoints(tmp_path: Path) -> None:
+    layer = nn.GroupedExperts(64, 64, 2, 1)
+    frozen = copy.deepcopy(layer).quantize_()
+    mixed = {k: x for k, x in {**layer.state_dict(), **frozen.state_dict()}.items() if "experts.1" in k}
+    mixed = {**layer.state_dict(), **mixed}
+    assert same(nn.GroupedExperts.from_checkpoint(mixed, "", 1), frozen)
+    with pytest.raises(
+        InvalidInputError, match=r"experts\.1\.gate_proj\.weight is FP8, expected a float as the others"
+    ):
+        nn.GroupedExperts.from_checkpoint(mixed, "", 1, keep_master=True)
+    del mixed["experts.1.down_proj.weight_scale_inv"]
+    with pytest.raises(InvalidInputError, match=r"has no experts\.1\.down_proj\.weight_scale_inv"):
+        nn.GroupedExperts.from_checkpoint(mixed, "", 1)
+
+
+def test_experts_stay_as_they_were_where_loading_fails() -> None:
+    x = torch.randn(6, 64)
+    state = nn.GroupedExperts(64, 64, 2, 1).quantize_().state_dict()
+    del state["experts.1.down_proj.weight_scale_inv"]
+    for layer in (nn.GroupedExperts(64, 64, 2, 1), nn.GroupedExperts(64, 64, 2, 1).quantize_()):
+        parameters = {name: (p, p.detach().clone()) for name, p in layer.named_parameters() if "gate." not in name}
+        with pytest.raises(RuntimeError, match=r"experts\.1\.down_proj\.weight_scale_inv is missing"):
+            layer.load_state_dict(state)
+        now = {name: p for name, p in layer.named_parameters() if "gate." not in name}
+        assert now.keys() == parameters.keys()
+        for name, (p, before) in parameters.items():
+            assert now[name] is p and torch.equal(bits(p), bits(before))
+        assert layer(x).isfinite().all()
+
+
+def test_experts_go_where_the_router_is() -> None:
+    state = {name: x.to("meta") for name, x in nn.GroupedExperts(64, 64, 2, 1).state_dict().items()}
+    state["experts.0.gate_proj.weight"] = torch.ones(64, 64)
+    layer = nn.GroupedExperts.from_checkpoint(state, "", 1, keep_master=True)
+    assert layer.gate.weight.is_meta and layer.gate_up_proj.is_meta and layer.down_proj.is_meta
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_experts_are_exported(frozen: bool) -> None:
+    layer = nn.GroupedExperts(64, 64, 4, 2).eval()
+    layer = layer.quantize_() if frozen else layer
+    shapes = {"x": {0: torch.export.Dim("m", min=2, max=4096)}}
+    x = torch.randn(30, 64)
+    program = torch.export.export(layer, (torch.randn(9, 64),), dynamic_shapes=shapes)
+    assert torch.equal(program.module()(x), layer(x))
     with torch.no_grad():
-        first = [layer(x), layer(x, "masked")]
-        assert len(casts) == 2 * 8 and relative(first[1], first[0]) < 1e-3
-        layer.down_proj.mul_(2)
-        assert relative(layer(x), 2 * first[0]) < 1e-3 and len(casts) == 3 * 8
-        layer.train()
-        assert relative(layer(x), 2 * first[0]) < 1e-3 and len(casts) == 3 * 8
+        shapes = {"x": {0: torch.export.Dim.AUTO}}
+        program = torch.export.export(layer, (torch.randn(9, 64),), dynamic_shapes=shapes)
+        assert torch.equal(program.module()(x), layer(x))
 
 
 class FloatExperts(torch.nn.Module):

@@ -198,8 +198,8 @@ def again(key: Any, x: torch.Tensor, counts: torch.Tensor | None) -> tuple[torch
 
     key: what tells calls apart whose tensors are alike, the shape of x, and whether there are counts.
     """
-    known = _thread.known.get(key)
-    if known is None or modes_at_work() or not (known.fits(x) if counts is None else known.fits(x, counts)):
+    known = None if modes_at_work() else _thread.known.get(key)  # else sizes may be symbols, which have no hash
+    if known is None or not (known.fits(x) if counts is None else known.fits(x, counts)):
         return None
     at, caster, counts_at = x.data_ptr(), known.caster, 0 if counts is None else counts.data_ptr()
     if at % _BYTES or not at or not (counts is None or counts_at):
