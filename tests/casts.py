@@ -93,7 +93,7 @@ class Emulator:
     """Stands for the driver: runs kernels/quantize.cu on the CPU, by casts.cpp."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.library = ctypes.CDLL(str(folder / "casts.so"))
+        self.emulated = ctypes.CDLL(str(folder / "casts.so"))
         self.launched: list[str] = []
         self.enabled = True
         cast = quantization.cast
@@ -140,7 +140,7 @@ class Emulator:
         args = ctypes.c_void_p.from_address(parameters)
         grid, start, size = (ctypes.c_uint32 * 3)(x, y, z), self.memory.data_ptr(), self.memory.nbytes()
         where = ctypes.c_void_p(start), ctypes.c_uint64(size)
-        assert self.library.launch(kernel.encode(), args, grid, threads, *where) == 0, "something else was read"
+        assert self.emulated.launch(kernel.encode(), args, grid, threads, *where) == 0, "something else was read"
         return (0,)
 
     def cuCtxGetCurrent(self) -> Any:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import captured
 import casts
 import pytest
 import sanitizer
@@ -375,11 +373,7 @@ print("ran")
 @pytest.mark.parametrize("loading", ["LAZY", "EAGER"])
 def test_first_call_inside_a_capture(loading: str, tmp_path: Path) -> None:
     """Compiled, loaded and launched for the first time in a new process while a CUDA graph is captured."""
-    compiles = {"DG_JIT_CACHE_DIR": str(tmp_path), "DG_JIT_STRICT": "0"}
-    environment = os.environ | compiles | {"CUDA_MODULE_LOADING": loading}
-    command = [sys.executable, "-c", FIRST_CALL_CAPTURED]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert result.returncode == 0 and "ran" in result.stdout, result.stdout[-3000:] + result.stderr[-3000:]
+    captured.check(FIRST_CALL_CAPTURED, loading, tmp_path)
 
 
 def test_nothing_waits_for_the_device() -> None:
