@@ -23,13 +23,14 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
+from torch import library
 from torch.utils.flop_counter import register_flop_formula
 
 from . import gemm
 from .errors import InvalidInputError
 from .layout import align, ceil_div, get_mk_alignment_for_contiguous_layout
-from .operators import NAMESPACE, define
-from .problem import E4M3, Pair
+from .operators import LIBRARY, NAMESPACE, define
+from .problem import E4M3, Pair, check_devices
 from .quantize import per_block_cast_to_fp8, per_token_cast_to_fp8, swiglu_cast_to_fp8, transposed_cast_of_groups
 from .runtime.guard import unwatched
 
@@ -38,7 +39,6 @@ Weight: TypeAlias = "torch.Tensor | Pair"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 ROWS, COLUMNS = 8, 16  # what N and K are filled up with zeros to a multiple of
 BLOCK = 128
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -64,6 +64,7 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
         raise InvalidInputError(
             f"bias {got}, expected ({values.shape[0]},) for a weight of shape {tuple(values.shape)}: pass its own bias"
         )
+    check_devices(x, values, scales, bias)
     rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
     y = torch.ops.deep_gemm.linear(rows, values, scales).view(*x.shape[:-1], values.shape[0])
     return y if bias is None else (y + bias).to(y.dtype)
@@ -92,6 +93,11 @@ def grouped_linear(x: torch.Tensor, weight: Weight, grouped_layout: torch.Tensor
         raise InvalidInputError(
             f"x has shape {tuple(x.shape)}, expected [M, K]: put the rows of all groups one behind the other"
         )
+    if not isinstance(grouped_layout, torch.Tensor):
+        raise InvalidInputError(
+            f"grouped_layout is a {type(grouped_layout).__name__}, expected int32 [M]: pass the group of every row"
+        )
+    check_devices(x, values, scales, grouped_layout)
     return torch.ops.deep_gemm.grouped_linear(x, values, scales, grouped_layout, bool(swiglu))
 
 
@@ -396,4 +402,4 @@ for _name, _gradients, _setup in (
     ("grouped_linear_dgrad", _no_gradients, None),
     ("grouped_linear_wgrad", _no_gradients, None),
 ):
-    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _gradients, setup_context=_setup, lib=_library)
+    library.register_autograd(f"{NAMESPACE}::{_name}", _gradients, setup_context=_setup, lib=LIBRARY)

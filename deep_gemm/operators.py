@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import library
 from torch.utils.flop_counter import register_flop_formula
 
 from . import gemm, problem, quantize
@@ -22,7 +23,7 @@ from .errors import InvalidInputError
 from .runtime.guard import unwatched
 
 NAMESPACE = "deep_gemm"
-_library = torch.library.Library(NAMESPACE, "DEF")
+LIBRARY = library.Library(NAMESPACE, "DEF")
 # Strides are part of an operand: scales of a are read along M. Older versions have a weaker word for that alone.
 _STRIDES = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
 _TAGS = (torch.Tag.pt2_compliant_tag, _STRIDES)
@@ -34,11 +35,19 @@ Options = dict[str, Any]
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Registers an operator: `run` on every device, `fake` for tensors without values."""
-    _library.define(schema, tags=_TAGS)
+    """Registers an operator: `run` on every device, `fake` for tensors without values.
+
+    PyTorch takes all operands for such if one is on the meta device, so devices are compared here.
+    """
+
+    def checked(*args: Any, **keywords: Any) -> Any:
+        problem.check_devices(*args, *keywords.values())
+        return fake(*args, **keywords)
+
+    LIBRARY.define(schema, tags=_TAGS)
     name = schema.partition("(")[0]
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    library.register_fake(f"{NAMESPACE}::{name}", checked, lib=LIBRARY)
 
 
 def _names(schema: str) -> list[str]:

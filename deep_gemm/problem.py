@@ -506,12 +506,17 @@ def _misplaced(x: torch.Tensor, complaint: str) -> InvalidInputError:
     return InvalidInputError(f"{complaint}: {remedy}")
 
 
+def check_devices(*things: Any) -> None:
+    """Raises InvalidInputError where the tensors among the things are not all on one device."""
+    devices = {x.device for x in things if isinstance(x, torch.Tensor)}
+    if len(devices) > 1:
+        got = ", ".join(sorted(map(str, devices)))
+        raise InvalidInputError(f"the operands are on {got}, expected one device: move them with .to()")
+
+
 def _on_one_device(o: Operands) -> Operands:
     device = o.d.device
-    tensors = [x for x in o if isinstance(x, torch.Tensor)]
-    if any(x.device != device for x in tensors):
-        devices = ", ".join(sorted({str(x.device) for x in tensors}))
-        raise InvalidInputError(f"the operands are on {devices}, expected one device: move them with .to()")
+    check_devices(*o)
     if device.type not in ("cpu", "cuda"):
         raise InvalidInputError(
             f"the operands are on {device}, expected a CUDA or the CPU device: move them with .to()"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -312,7 +313,7 @@ def problems(device: str) -> dict[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("name", problems("cpu"))
 def test_operators(comparable: None, name: str, device: str) -> None:
     operator = getattr(OPS, name.split()[0]).default
-    assert set(torch.library.opcheck(operator, problems(device)[name]).values()) == {"SUCCESS"}
+    assert set(library.opcheck(operator, problems(device)[name]).values()) == {"SUCCESS"}
 
 
 def backends(device: str) -> list[str]:
@@ -518,6 +519,23 @@ def test_groups_wait_for_nothing_and_are_captured(alignment: int) -> None:
         for got, bits in zip(captured, step(), strict=True):
             assert torch.equal(got, bits)
     assert not torch.equal(want[0], captured[0])
+
+
+@pytest.mark.parametrize("which", ["x", "weight", "bias", "scales", "layout"])
+def test_operands_are_on_one_device(which: str) -> None:
+    x, w, bias, layout = torch.ones(4, 32), torch.ones(8, 32), torch.ones(8), torch.zeros(4, dtype=torch.int32)
+    values, scales = per_block_cast_to_fp8(w)
+    call = {
+        "x": lambda: functional.linear(x.to("meta"), w),
+        "weight": lambda: functional.linear(x, w.to("meta")),
+        "bias": lambda: functional.linear(x, w, bias.to("meta")),
+        "scales": lambda: functional.linear(x, (values, scales.to("meta"))),
+        "layout": lambda: functional.grouped_linear(x, w[None], layout.to("meta")),
+    }[which]
+    with pytest.raises(InvalidInputError, match="the operands are on cpu, meta, expected one device"):
+        call()
+    with pytest.raises(InvalidInputError, match=r"grouped_layout is a NoneType, expected int32 \[M\]"):
+        functional.grouped_linear(x, w[None], None)  # type: ignore[arg-type]
 
 
 GOOD = (torch.ones(4, 32), torch.ones(8, 32))

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import library
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import deep_gemm
@@ -144,7 +144,7 @@ def test_casts_are_operators(name: str, device: str) -> None:
     cast, operator, args = cast_case(name, device)
     want = cast(*args)
     assert equal(operator(*args), want)
-    opcheck(operator.default, args)
+    library.opcheck(operator.default, args)
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda x, *rest: cast(x * 1, *rest), fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager"
@@ -199,25 +199,25 @@ def test_results(name: str, device: str) -> None:
 def test_operators_are_sound(name: str, device: str) -> None:
     """Schema, fake kernels, autograd and functionalisation, by PyTorch's own check."""
     case = made(name, device)
-    opcheck(case.operator.default, (*case.a, *case.b, *case.rest))
-    opcheck(case.operator.out, (*case.a, *case.b, *case.rest), {"d": case.copy()})
+    library.opcheck(case.operator.default, (*case.a, *case.b, *case.rest))
+    library.opcheck(case.operator.out, (*case.a, *case.b, *case.rest), {"d": case.copy()})
 
 
 def test_the_check_of_schemas_sees_what_is_changed() -> None:
     """Even in FP8."""
-    library = torch.library.Library("deep_gemm_test", "FRAGMENT")
-    library.define("spoils(Tensor a) -> Tensor")
+    mine = library.Library("deep_gemm_test", "FRAGMENT")
+    mine.define("spoils(Tensor a) -> Tensor")
 
     def spoils(a: torch.Tensor) -> torch.Tensor:
         a.view(torch.uint8).fill_(1)
         return a.float()
 
-    library.impl("spoils", spoils, "CompositeExplicitAutograd")
-    torch.library.register_fake(
-        "deep_gemm_test::spoils", lambda a: a.new_empty(a.shape, dtype=torch.float32), lib=library
-    )
+    mine.impl("spoils", spoils, "CompositeExplicitAutograd")
+    library.register_fake("deep_gemm_test::spoils", lambda a: a.new_empty(a.shape, dtype=torch.float32), lib=mine)
     with pytest.raises(Exception, match="mutat"):
-        opcheck(torch.ops.deep_gemm_test.spoils.default, (quantised("cpu", 16, 16)[0],), test_utils="test_schema")
+        library.opcheck(
+            torch.ops.deep_gemm_test.spoils.default, (quantised("cpu", 16, 16)[0],), test_utils="test_schema"
+        )
 
 
 @each_device
@@ -350,6 +350,18 @@ def test_input_is_rejected_within_modes(name: str) -> None:
         with watch, pytest.raises(deep_gemm.errors.InvalidInputError, match="expected"):
             case.call(case.a, case.b, case.d.half(), *case.rest)
     case.call(case.a, case.b, case.copy(), *case.rest)
+
+
+@each_case
+def test_operands_are_on_one_device(name: str) -> None:
+    case = made(name, "cpu")
+    for pairs in ((case.a[0].to("meta"), case.a[1], *case.b), (*case.a, case.b[0], case.b[1].to("meta"))):
+        for call in (
+            lambda pairs=pairs: case.operator(*pairs, *case.rest),
+            lambda pairs=pairs: case.operator.out(*pairs, *case.rest, d=case.copy()),
+        ):
+            with pytest.raises(deep_gemm.errors.InvalidInputError, match="are on cpu, meta, expected one device"):
+                call()
 
 
 def test_fake_tensors_need_no_memory() -> None:

@@ -157,7 +157,7 @@ class _Caster:
         self.index, self.has_others = index, torch.cuda.device_count() > 1
 
     def __call__(self, x: int, values: int, scales: int, counts: int = 0, starts: int = 0, sizes: int = 0) -> None:
-        """Launches, with tensors at these addresses (0: there is none)."""
+        """Launches, with tensors at these addresses (0: there is none): the first six members of _Args."""
         words = self._words
         words[0], words[1], words[2], words[3], words[4], words[5] = x, values, scales, counts, starts, sizes
         stream = self._stream_of(self.index)
